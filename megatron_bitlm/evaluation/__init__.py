@@ -1,0 +1,1 @@
+"""Likelihood, baselines and pictures."""

@@ -1,0 +1,1 @@
+"""The method in plain torch: codes, noise path, attention, head, sampler, likelihood."""

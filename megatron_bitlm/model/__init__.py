@@ -1,0 +1,1 @@
+"""The parallel model: the method on megatron-core."""

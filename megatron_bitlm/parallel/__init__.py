@@ -1,0 +1,1 @@
+"""Process groups, devices and running megatron-core without CUDA."""
