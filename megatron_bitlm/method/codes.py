@@ -66,7 +66,7 @@ class BinaryCode:
         return _pattern_bits(self._patterns(ids), self.num_bits).to(dtype).mul_(2).sub_(1)
 
     def decode(self, analog: Tensor) -> Tensor:
-        """Nearest valid id: floating analog [..., K] -> int64 [...], the argmax over ids of <analog, phi(id)>.
+        """Nearest valid id: floating analog [..., K] -> int64 [...], argmax over ids of <analog, phi(id)>.
 
         The signs give the answer wherever they spell a valid pattern (0 counts as +1). Elsewhere every valid
         pattern is V-1 itself or first leaves the bits of V-1 at some position where V-1 has a 1; it then has
