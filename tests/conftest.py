@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch is imported: one thread a process (ranks and xdist workers share the cores), and no look-ups of the hub.
+# Before torch is imported: one thread a process (ranks and workers share the cores), no look-ups of the hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,9 +1,10 @@
 """Unigram and bigram cross-entropies: what counting alone reaches on the same tokens as the model.
 
-A model whose likelihood bound is not below the unigram's has learned token frequencies and nothing else, however
-healthy its loss curve looks. The tokens counted are those of the likelihood bound per token: every text token and ONE
-end-of-sequence token per document. Smoothing is absolute discounting, interpolated with the next lower order down to
-the uniform distribution (Ney, Essen and Kneser 1994); its only parameter is estimated from the training counts.
+A model whose likelihood bound is not below the unigram's has learned token frequencies and nothing else,
+however healthy its loss curve looks. The tokens counted are those of the likelihood bound per token:
+every text token and ONE end-of-sequence token per document. Smoothing is absolute discounting,
+interpolated with the next lower order down to the uniform distribution (Ney, Essen and Kneser 1994); its
+only parameter is estimated from the training counts.
 
 Letters: T counted tokens, V vocabulary size, P distinct pairs.
 """
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_bitlm.errors import BitLMError
 
-# Tokens gathered before they are merged into the sorted table of pairs: bounds both memory and the number of merges.
+# Tokens gathered before a merge into the sorted table of pairs: bounds memory and the number of merges.
 _MERGE_NUM_TOKENS = 1 << 22
 
 
@@ -29,7 +30,7 @@ class BaselineResult:
 
     Attributes:
         nats_per_token: mean over counted tokens (text and one EOS per document).
-        bits_per_byte: total bits over the UTF-8 bytes of the text; what EOS costs is included, its bytes are 0.
+        bits_per_byte: total bits over the UTF-8 bytes of the text; EOS adds its bits and no bytes.
         num_tokens: counted held-out tokens.
         num_bytes: UTF-8 bytes that these tokens stand for.
     """
@@ -51,7 +52,7 @@ def counted_pairs(
         eos_id: id that ends a document; its first occurrence is a target, the fill after it is not.
 
     Returns:
-        (contexts [T], targets [T]), int64: each counted token with the token before it (BOS before the first).
+        (contexts [T], targets [T]), int64: each counted token and the one before it (BOS before the first).
 
     Raises:
         ValueError: if the array is not one-dimensional or does not start with BOS and end with EOS.
@@ -146,7 +147,7 @@ class SmoothedBigram:
         self._pair_counts = pair_counts
 
         def sum_by(ids: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.float64]:
-            return np.bincount(ids, weights=weights, minlength=self.vocab_size)
+            return np.bincount(ids, weights, self.vocab_size).astype(np.float64)
 
         token_counts = sum_by(targets, pair_counts)
         discount = _discount(token_counts)
