@@ -1,0 +1,180 @@
+"""One optimiser step through megatron-core's pipeline schedule, and its figures added up over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_bitlm.data.packing import Batch
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.model.bitlm import BitFlips, Objective, ScoredBlocks
+from megatron_bitlm.model.layout import SequenceLayout
+from megatron_bitlm.training.metrics import NUM_SUMS, StepMetrics, step_sums
+
+
+@dataclass
+class Inputs:
+    """A micro-batch on the device."""
+
+    packed: Tensor
+    sample_index: Tensor
+    layout: SequenceLayout
+
+
+def to_device(batch: Batch, device: torch.device, block_size: int) -> Inputs:
+    """Move a collated batch; bits stay packed until the model unpacks them."""
+    batch_size, num_blocks = batch.packed.shape[0], batch.packed.shape[1] - 1
+    layout = SequenceLayout.from_batch(
+        batch.cu_seqlens,
+        batch_size=batch_size,
+        sequence_length=num_blocks * block_size,
+        block_size=block_size,
+        device=device,
+    )
+    return Inputs(
+        packed=batch.packed.to(device, non_blocking=True),
+        sample_index=batch.sample_index.to(device, non_blocking=True),
+        layout=layout,
+    )
+
+
+class PipelineRunner:
+    """Runs micro-batches through every stage of the model.
+
+    Args:
+        chunks: Wrapped model chunks of this rank.
+        micro_batch_size, sequence_length: Samples and tokens of a micro-batch.
+    """
+
+    def __init__(self, chunks: list, micro_batch_size: int, sequence_length: int) -> None:
+        self.chunks = chunks
+        self.micro_batch_size, self.sequence_length = micro_batch_size, sequence_length
+
+    def run(
+        self,
+        inputs: list[Inputs],
+        objective: Objective,
+        loss_function: Callable[..., Any],
+        *,
+        flips: BitFlips | None = None,
+        forward_only: bool = False,
+    ) -> list[Any]:
+        """Schedule all micro-batches; returns what `loss_function` reported for each on the last stage, else []."""
+
+        def forward_step(iterator: Iterator[Inputs], chunk: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+            item = next(iterator)
+            output = chunk(
+                packed=item.packed,
+                layout=item.layout,
+                sample_index=item.sample_index,
+                objective=objective,
+                flips=flips,
+            )
+            return output, loss_function
+
+        iterators = [iter(inputs) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(inputs),
+            seq_length=self.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+
+def training_loss(scored: ScoredBlocks) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum over this rank's valid blocks, int32 count of the micro-batch's valid blocks, detached sums).
+
+    megatron-core divides the sum of gradients by the global count, so a step is the same at every accumulation and
+    layout (BitLM eq. 20).
+    """
+    total, sums = step_sums(scored.scores, scored.counts.valid, scored.scores.invalid.shape[-1])
+    return total, scored.num_valid.int(), sums
+
+
+def add_over_ranks(sums: Tensor, *, sequence_parallel: bool) -> Tensor:
+    """Add the last stage's sums over data-parallel ranks (and tensor-parallel shards), then tell every stage."""
+    if parallel_state.is_pipeline_last_stage():
+        if sequence_parallel:
+            dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(sums, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+    return sums
+
+
+@dataclass
+class StepResult:
+    """Figures of one step; `gradient_norm` is global and before clipping."""
+
+    metrics: StepMetrics
+    gradient_norm: float
+    learning_rate: float
+
+
+class TrainingStep:
+    """Forward, backward, update.
+
+    Args:
+        runner: The pipeline.
+        optimizer, scheduler: megatron-core's.
+        objective: The denoising objective.
+        flips: Input bit flips or None.
+        sequence_parallel: Whether tensor-parallel ranks hold shards of the sequence.
+        device: Where the sums live.
+    """
+
+    def __init__(
+        self,
+        runner: PipelineRunner,
+        optimizer: Any,
+        scheduler: Any,
+        objective: Objective,
+        flips: BitFlips | None,
+        *,
+        sequence_parallel: bool,
+        device: torch.device,
+    ) -> None:
+        self.runner, self.optimizer, self.scheduler = runner, optimizer, scheduler
+        self.objective, self.flips = objective, flips
+        self.sequence_parallel, self.device = sequence_parallel, device
+
+    def __call__(self, step: int, inputs: list[Inputs]) -> StepResult:
+        """Do optimiser step `step` (from 1) on this rank's micro-batches. Collective.
+
+        Raises:
+            BitLMError: The loss or the gradient norm is not finite; nothing was saved of this step.
+        """
+        for chunk in self.runner.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reported = self.runner.run(inputs, self.objective, training_loss, flips=self.flips)
+        sums = torch.stack(reported).sum(0) if reported else torch.zeros(NUM_SUMS, device=self.device)
+        metrics = StepMetrics.from_sums(add_over_ranks(sums, sequence_parallel=self.sequence_parallel))
+        self._check("loss", metrics.loss, step)
+        self.scheduler.step(1)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        updated, norm, _ = self.optimizer.step()
+        if not updated:
+            raise BitLMError(f"the gradients of step {step} are not finite; resume from the last checkpoint")
+        norm = float(norm)
+        self._check("gradient norm", norm, step)
+        return StepResult(metrics, norm, learning_rate)
+
+    def _check(self, name: str, value: float, step: int) -> None:
+        if not torch.isfinite(torch.tensor(value)):
+            raise BitLMError(
+                f"the {name} of step {step} is {value}; lower optimizer.learning_rate or set optimizer.clip_grad, and "
+                "start again from the last checkpoint"
+            )
