@@ -88,7 +88,7 @@ class _DenoisingPage:
     TOP = 1.32
     SLOT_GAP = 0.16
     BOTTOM = 0.85
-    MIN_STRIPS_WIDTH = 4.4
+    MIN_STRIPS_WIDTH = 5.1
 
     @classmethod
     def fit(

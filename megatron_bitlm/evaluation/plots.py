@@ -21,7 +21,7 @@ from megatron_bitlm.evaluation.figures import BLUE, GREEN, INK, ORANGE, PURPLE, 
 __all__ = ["plot_denoising", "plot_loss", "read_metrics"]
 
 _REFERENCE_STYLES = ((PURPLE, (0, (6, 3))), (GREEN, (0, (2, 2))), (INK, (0, (6, 2, 1, 2))))
-_METRIC_LABELS = {"bits_per_byte": "bits per byte", "nats_per_token": "nats per token"}
+_METRIC_LABELS = {"bits_per_byte": "bits/byte", "nats_per_token": "nats/token"}
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

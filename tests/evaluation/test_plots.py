@@ -48,9 +48,9 @@ def test_loss_picture_says_where_the_bound_stands(tmp_path, drawn):
     plot_loss(training_records(), tmp_path / "deep" / "loss.png", {"unigram": 4.4, "bigram": 2.9})
     assert is_picture(tmp_path / "deep" / "loss.png")
     said = texts(drawn[0])
-    assert "Held-out bound ≤ 3.00 bits per byte: below unigram, above bigram" in said
+    assert "Held-out bound ≤ 3.00 bits/byte: below unigram, above bigram" in said
     assert {"unigram 4.40", "bigram 2.90", "optimizer step", "0.0-0.5"} <= set(said)
-    assert any("bits per byte" in text and "likelihood" in text for text in said)
+    assert any("bits/byte" in text and "likelihood" in text for text in said)
     assert len(drawn[0].axes) == 3
 
 
