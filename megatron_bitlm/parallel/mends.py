@@ -9,7 +9,8 @@ import torch
 def _mend_checkpoint_without_output() -> None:
     """Lets the norms be recomputed without Transformer Engine.
 
-    ``CheckpointWithoutOutput(fp8=False)`` sets ``self.fp8 = fp8 is not None``, and then asks for TE's FP8 context.
+    ``CheckpointWithoutOutput(fp8=False)`` sets ``self.fp8 = fp8 is not None``, and then asks for TE's FP8
+    context.
     """
     from megatron.core.tensor_parallel import random
 
@@ -81,6 +82,6 @@ def _mend_torch_adam() -> None:
 
 @functools.cache  # idempotent: the second call finds the work done
 def install_mends() -> None:
-    """Applies the mends. Call before a model or an optimizer is built; the paths of TE and Apex stay as they are."""
+    """Applies the mends, before a model or an optimizer is built; the paths of TE and Apex stay as they are."""
     _mend_checkpoint_without_output()
     _mend_torch_adam()
