@@ -1,0 +1,307 @@
+"""Exact block-causal attention at the price of causal attention (BitLM, arXiv 2605.11577, eq. 16).
+
+A token sees every key of its document up to the end of its own block. Causal attention already covers the
+keys up to the token itself; missing are the at most m-1 later keys of its block. Softmax over disjoint key
+sets merges by log-sum-exp: with s the scaled scores of the later keys,
+
+    lse = logaddexp(lse_causal, logsumexp(s)),   out = exp(lse_causal - lse) out_causal + exp(s - lse) V.
+
+The gradient of either part needs nothing but the merged out and lse: P = exp(s - lse), D = dout . out,
+dS = P (dout V^T - D). So the stock causal backward is handed the merged pair (with either of the two unmerged
+the gradients are wrong) and the later pairs of each block are added to what it returns.
+
+Inside a block the products of all query heads with all key heads are formed in one small matrix product per
+block, [m*H, d] x [d, m*Hk], of which the matching heads are a diagonal view: no transposed copies, and the
+superfluous products cost less than the copies would.
+
+Legend: B batch, S sequence, T = B*S tokens, N blocks, M slots of a block, H query heads, P key heads (Hk),
+G query heads per key head (H = P*G), D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from megatron_bitlm.method.attention_layout import BlockCausalLayout, DocumentGroup
+
+_aten = torch.ops.aten
+_MAX_CUDA_HEAD_DIM = 256
+
+
+def flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the flash path cannot run on such tensors, as a clause; None when it can."""
+    if device.type == "cpu":
+        if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return None
+        return f"the CPU flash kernel takes floating point, not {dtype}"
+    if device.type != "cuda":
+        return f"flash attention runs on CPU and CUDA, not on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"CUDA flash attention takes bfloat16 or float16, not {dtype}"
+    if head_dim % 8 or head_dim > _MAX_CUDA_HEAD_DIM:
+        return f"CUDA flash attention takes head dims that are multiples of 8 up to 256, not {head_dim}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"CUDA flash attention needs compute capability 8.0, this device has {major}.{minor}"
+    return None
+
+
+def flash_block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
+) -> Tensor:
+    """q [B, S, H, D], k/v [B, S, P, D] -> [B, S, H, D]; keeps q, k, v, out and lse, as plain flash does."""
+    # Autocast would send the float32 products below back to half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        return _FlashBlockCausal.apply(q.contiguous(), k.contiguous(), v.contiguous(), layout, scale)
+
+
+class _FlashBlockCausal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
+    ) -> Tensor:
+        """The merged output, [B, S, H, D]."""
+        causal_forward = _causal_forward_cuda if q.is_cuda else _causal_forward_cpu
+        out, lse, kernel_state = causal_forward(q, k, v, layout, scale)
+        if layout.block_size > 1:
+            out, lse = _merge_later_keys(out, lse, q, k, v, layout.block_size, scale)
+        ctx.save_for_backward(q, k, v, out, lse, *kernel_state)
+        ctx.layout, ctx.scale = layout, scale  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, out, lse, *kernel_state = ctx.saved_tensors  # type: ignore[attr-defined]
+        layout, scale = ctx.layout, ctx.scale  # type: ignore[attr-defined]
+        grad_out = grad_out.contiguous()
+        with torch.autocast(q.device.type, enabled=False):
+            if q.is_cuda:
+                grads = _causal_backward_cuda(grad_out, q, k, v, out, lse, kernel_state, layout, scale)
+            else:
+                grads = _causal_backward_cpu(grad_out, q, k, v, out, lse, layout, scale)
+            if layout.block_size > 1:
+                _add_later_key_grads(grads, grad_out, q, k, v, out, lse, layout.block_size, scale)
+        return (*grads, None, None)
+
+
+# --------------------------------------------------------------------------------------- causal part
+# Every function here takes and gives contiguous tensors in [B, S, heads, D] and lse in [B, S, H] (natural
+# log of the sum of exponentiated scaled scores).
+
+
+def _causal_forward_cpu(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    if layout.is_uniform:
+        out, lse = _cpu_kernel_forward(q, k, v, layout.groups[0], scale)
+        return out.view(q.shape), lse.view(q.shape[:-1]), ()
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:-1], dtype=_wide(q.dtype))
+    for group in layout.groups:
+        group_out, group_lse = _cpu_kernel_forward(q, k, v, group, scale)
+        _put_by_document(out, group, group_out)
+        _put_by_document(lse, group, group_lse)
+    return out, lse, ()
+
+
+def _causal_backward_cpu(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: BlockCausalLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if layout.is_uniform:
+        found = _cpu_kernel_backward(grad_out, q, k, v, out, lse, layout.groups[0], scale)
+        return found[0].view(q.shape), found[1].view(k.shape), found[2].view(v.shape)
+    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    for group in layout.groups:
+        found = _cpu_kernel_backward(grad_out, q, k, v, out, lse, group, scale)
+        for grad, group_grad in zip(grads, found, strict=True):
+            _put_by_document(grad, group, group_grad)
+    return grads
+
+
+def _cpu_kernel_forward(
+    q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [documents, length, H, D] and lse [documents, length, H] of one group of documents."""
+    heads_first = (_by_document(x, group).transpose(1, 2) for x in (q, k, v))
+    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, True, scale=scale)
+    return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+def _cpu_kernel_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    group: DocumentGroup,
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of q, k and v, each [documents, length, heads, D], of one group of documents."""
+    heads_first = (_by_document(x, group).transpose(1, 2) for x in (grad_out, q, k, v, out, lse))
+    grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, True, scale=scale)
+    return [grad.transpose(1, 2).contiguous() for grad in grads]
+
+
+def _by_document(x: Tensor, group: DocumentGroup) -> Tensor:
+    """[B, S, ...] -> [documents of the group, length, ...]; a view where the documents are neighbours."""
+    tokens = x.flatten(0, 1)
+    found = tokens[group.rows] if isinstance(group.rows, slice) else tokens.index_select(0, group.rows)
+    return found.unflatten(0, (group.num_documents, group.length))
+
+
+def _put_by_document(target: Tensor, group: DocumentGroup, values: Tensor) -> None:
+    """Writes [documents, length, ...] to their place in ``target`` [B, S, ...], which must be contiguous."""
+    tokens = target.flatten(0, 1)
+    if isinstance(group.rows, slice):
+        tokens[group.rows] = values.flatten(0, 1)
+    else:
+        tokens.index_copy_(0, group.rows, values.flatten(0, 1))
+
+
+def _causal_forward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    offsets, longest = layout.offsets_on(q.device), layout.max_seqlen
+    tokens = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse, *kernel_state, _ = _aten._flash_attention_forward(
+        *tokens, offsets, offsets, longest, longest, 0.0, True, False, scale=scale
+    )
+    # The kernel's lse is [H, T]. Its two generator tensors mean nothing without dropout, but backward asks
+    # for them.
+    return out.view(q.shape), lse.t().contiguous().view(q.shape[:-1]), tuple(kernel_state)
+
+
+def _causal_backward_cuda(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kernel_state: list[Tensor],
+    layout: BlockCausalLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    offsets, longest = layout.offsets_on(q.device), layout.max_seqlen
+    tokens = (x.flatten(0, 1) for x in (grad_out, q, k, v, out))
+    lse_ht = lse.flatten(0, 1).t().contiguous()
+    grad_q, grad_k, grad_v = _aten._flash_attention_backward(
+        *tokens, lse_ht, offsets, offsets, longest, longest, 0.0, True, *kernel_state, scale=scale
+    )
+    return (
+        grad_q.contiguous().view(q.shape),
+        grad_k.contiguous().view(k.shape),
+        grad_v.contiguous().view(v.shape),
+    )
+
+
+# ------------------------------------------------------------------------------------- in-block part
+
+
+def _merge_later_keys(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Adds the later keys of each block to causal out [B, S, H, D] (in place) and lse [B, S, H]."""
+    num_kv_heads = k.shape[2]
+    q_block, k_block, v_block, out_block = (_by_block(x, block_size) for x in (q, k, v, out))
+    scores = _later_scores(q_block, k_block, num_kv_heads, block_size, scale)
+    causal_lse = _slot_heads(lse, num_kv_heads, block_size)
+    merged_lse = torch.logaddexp(causal_lse, scores.logsumexp(3))
+    probability = (scores - merged_lse.unsqueeze(3)).exp_()
+    merged = merged_lse.transpose(2, 3).reshape(lse.shape)
+    out.mul_((lse - merged).exp_().unsqueeze(-1))
+    out_block.baddbmm_(_spread_heads(probability, out.dtype), v_block)
+    return out, merged
+
+
+def _add_later_key_grads(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    scale: float,
+) -> None:
+    """Adds the gradients of the later (query, key) pairs to ``grads`` of q, k and v, in place.
+
+    ``out`` and ``lse`` are the merged ones.
+    """
+    num_kv_heads = k.shape[2]
+    q_block, k_block, v_block, grad_block = (_by_block(x, block_size) for x in (q, k, v, grad_out))
+    scores = _later_scores(q_block, k_block, num_kv_heads, block_size, scale)
+    probability = scores.sub_(_slot_heads(lse, num_kv_heads, block_size).unsqueeze(3)).exp_()
+    delta = _slot_heads((grad_out.to(lse.dtype) * out).sum(-1), num_kv_heads, block_size).unsqueeze(3)
+    grad_probability = _matching_heads(_wide_bmm(grad_block, v_block), num_kv_heads, block_size)
+    grad_scores = (grad_probability - delta).mul_(probability).mul_(scale)
+    spread_grad_scores = _spread_heads(grad_scores, q.dtype)
+    grad_q, grad_k, grad_v = (_by_block(grad, block_size) for grad in grads)
+    grad_q.baddbmm_(spread_grad_scores, k_block)
+    grad_k.baddbmm_(spread_grad_scores.transpose(1, 2), q_block)
+    grad_v.baddbmm_(_spread_heads(probability, q.dtype).transpose(1, 2), grad_block)
+
+
+def _later_scores(
+    q_block: Tensor, k_block: Tensor, num_kv_heads: int, block_size: int, scale: float
+) -> Tensor:
+    """Scaled scores of each query slot with the later slots of its block, -inf elsewhere: [N, M, G, M, P]."""
+    scores = _matching_heads(_wide_bmm(q_block, k_block), num_kv_heads, block_size)
+    slot = torch.arange(block_size, device=q_block.device)
+    seen_before = torch.zeros(block_size, block_size, dtype=scores.dtype, device=q_block.device)
+    seen_before.masked_fill_(slot <= slot[:, None], -torch.inf)
+    return torch.add(seen_before[:, None, :, None], scores, alpha=scale)
+
+
+def _by_block(x: Tensor, block_size: int) -> Tensor:
+    """[B, S, heads, D] contiguous -> [N, M * heads, D], a view."""
+    return x.view(-1, block_size * x.shape[2], x.shape[3])
+
+
+def _slot_heads(x: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
+    """[B, S, H] contiguous -> [N, M, G, P], a view."""
+    return x.view(-1, block_size, num_kv_heads, x.shape[2] // num_kv_heads).transpose(2, 3)
+
+
+def _matching_heads(products: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
+    """[N, M * H, M * P] -> [N, M, G, M, P], the pairs of a query head and its own key head, a view."""
+    num_shared = products.shape[1] // (block_size * num_kv_heads)
+    by_head = products.view(-1, block_size, num_kv_heads, num_shared, block_size, num_kv_heads)
+    return by_head.diagonal(dim1=2, dim2=5)
+
+
+def _spread_heads(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of ``_matching_heads``, zero between other heads: [N, M, G, M, P] -> [N, M * H, M * P]."""
+    num_blocks, block_size, num_shared, _, num_kv_heads = values.shape
+    shape = (num_blocks, block_size * num_shared * num_kv_heads, block_size * num_kv_heads)
+    spread = torch.zeros(shape, dtype=dtype, device=values.device)
+    _matching_heads(spread, num_kv_heads, block_size).copy_(values)
+    return spread
+
+
+def _wide_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, I, D] times b [N, J, D] transposed -> [N, I, J] in float32, or float64 for float64 inputs.
+
+    Scores rounded to half precision would be wrong by their size times 2^-9 inside an exponential.
+    """
+    b_transposed = b.transpose(1, 2)
+    if a.is_cuda and a.dtype != _wide(a.dtype):
+        return torch.bmm(a, b_transposed, out_dtype=torch.float32)
+    return torch.bmm(a.to(_wide(a.dtype)), b_transposed.to(_wide(a.dtype)))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
