@@ -30,10 +30,12 @@ from megatron_bitlm.model.presets import BackboneConfig
 from megatron_bitlm.parallel.state import ParallelConfig
 
 Implementation = Literal["local", "transformer_engine"]
+Precision = Literal["fp32", "bf16", "fp64"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def _fill_with_nan(weight: Tensor) -> None:
-    """In place of megatron-core's initialisation: `initialize_parameters` does it, and forgetting it shows."""
+    """In place of megatron-core's initialisation; forgetting `initialize_parameters` then shows at once."""
     weight.fill_(float("nan"))
 
 
@@ -41,7 +43,7 @@ def transformer_config(
     backbone: BackboneConfig,
     parallel: ParallelConfig,
     *,
-    params_dtype: torch.dtype = torch.float32,
+    precision: Precision = "fp32",
     implementation: Implementation = "local",
 ) -> TransformerConfig:
     """megatron-core's configuration of a backbone.
@@ -49,13 +51,14 @@ def transformer_config(
     Args:
         backbone: shape of the model.
         parallel: layout of the run.
-        params_dtype: of parameters and activations: fp32, bf16, or float64 in tests.
+        precision: of parameters and activations: fp32 or bf16; fp64 for comparisons.
         implementation: `local` is plain torch; `transformer_engine` brings its fused kernels.
 
     Raises:
         BitLMError: sizes that do not fit together.
     """
     backbone.validate()
+    params_dtype = _DTYPES[precision]
     fused = implementation == "transformer_engine"
     virtual = parallel.virtual_pipeline_model_parallel_size
     full = parallel.recompute == "full"
@@ -79,7 +82,7 @@ def transformer_config(
         init_method_std=backbone.init_std,
         use_cpu_initialization=not torch.cuda.is_available(),
         params_dtype=params_dtype,
-        bf16=params_dtype == torch.bfloat16,
+        bf16=precision == "bf16",
         pipeline_dtype=params_dtype,
         # Kernels of Apex or Transformer Engine.
         bias_activation_fusion=fused,
@@ -157,7 +160,7 @@ class Backbone(MegatronModule):
     Args:
         config: from `transformer_config`.
         spec: from `block_spec`.
-        rope_theta: base of the rotary frequencies.
+        backbone: the shape `config` was made from.
         input_module: maps codes [B, S, K] to hidden states [B, S, D]; used on the first stage.
         pre_process: True on the first stage.
         post_process: True on the last stage, which holds the final norm.
@@ -172,7 +175,7 @@ class Backbone(MegatronModule):
         config: TransformerConfig,
         spec: TransformerBlockSubmodules,
         *,
-        rope_theta: float = 1e6,
+        backbone: BackboneConfig,
         input_module: nn.Module | None = None,
         pre_process: bool = True,
         post_process: bool = True,
@@ -183,7 +186,7 @@ class Backbone(MegatronModule):
         if pre_process and input_module is None:
             raise ValueError("the first pipeline stage needs an input module")
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.rope_theta = rope_theta
+        self.backbone_config = backbone
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         # Read by megatron-core's schedules and by finalize_model_grads.
         self.model_type = ModelType.encoder_or_decoder
@@ -220,7 +223,10 @@ class Backbone(MegatronModule):
             if self.config.sequence_parallel:
                 hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
         rotary = rotary_tables(
-            layout.positions, self.config.kv_channels, self.rope_theta, self.config.params_dtype
+            layout.positions,
+            self.backbone_config.head_dim,
+            self.backbone_config.rope_theta,
+            self.config.params_dtype,
         )
         hidden = self.decoder(
             hidden_states=hidden,

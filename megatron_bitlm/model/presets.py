@@ -60,14 +60,14 @@ class BackboneConfig:
 
     @property
     def num_matrix_parameters(self) -> int:
-        """Weights of the matrices, L (2 d a + 2 d a_kv + 3 d f), each of which costs a training token 6 FLOPs."""
+        """Weights in matrices, L (2 d a + 2 d a_kv + 3 d f); each costs a training token 6 FLOPs."""
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_query_groups * self.head_dim
         return self.num_layers * self.hidden_size * (2 * queries + 2 * keys + 3 * self.ffn_hidden_size)
 
     @property
     def num_parameters(self) -> int:
-        """All parameters: the matrices and the norms (of the layer inputs, of queries and keys, and the last)."""
+        """All parameters: matrices and norms (of layer inputs, queries, keys and the output)."""
         norms = self.num_layers * (2 * self.hidden_size + 2 * self.head_dim) + self.hidden_size
         return self.num_matrix_parameters + norms
 

@@ -82,6 +82,6 @@ def _mend_torch_adam() -> None:
 
 @functools.cache  # idempotent: the second call finds the work done
 def install_mends() -> None:
-    """Applies the mends, before a model or an optimizer is built; the paths of TE and Apex stay as they are."""
+    """Applies the mends; call it before a model or an optimizer is built. TE's and Apex's paths stay."""
     _mend_checkpoint_without_output()
     _mend_torch_adam()
