@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
+from megatron_bitlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.codes import BinaryCode
 
 FORMAT, VERSION = "bitlm-checkpoint", 1
+TOKENIZER_FOLDER, CODE_MAP_FILE = "tokenizer", "code_map.npy"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _SHARDING = "fully_reshardable"  # the optimizer layout that loads at any other parallel layout
 
@@ -110,6 +114,23 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def load_code_and_tokenizer(path: Path, meta: dict[str, Any]) -> tuple[BinaryCode, Tokenizer]:
+    """Code and tokenizer stored in a checkpoint.
+
+    Raises:
+        BitLMError: They are not the ones its meta.json names.
+    """
+    data = meta["data"]
+    map_file = path / CODE_MAP_FILE
+    code = BinaryCode(data["vocab_size"], np.load(map_file, allow_pickle=False) if map_file.is_file() else None)
+    if code.code_map_hash != data["code_map_hash"]:
+        raise BitLMError(f"the code map in {path} is not the one the checkpoint was trained with")
+    tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
+    if tokenizer.fingerprint != data["tokenizer_fingerprint"]:
+        raise BitLMError(f"{path / TOKENIZER_FOLDER} is not the tokenizer the checkpoint was trained with")
+    return code, tokenizer
+
+
 def model_state(chunks: list) -> dict[str, Any]:
     """Sharded state of the unwrapped model chunks, one entry a chunk."""
     metadata = _metadata()
@@ -138,10 +159,11 @@ class CheckpointManager:
         self.folder, self.config = folder, config
         self.chunks, self.optimizer, self.scheduler = chunks, optimizer, scheduler
 
-    def save(self, step: int, meta: dict[str, Any]) -> Path:
+    def save(self, step: int, meta: dict[str, Any], tokenizer: Tokenizer, code: BinaryCode) -> Path:
         """Write the checkpoint of `step`; `meta` is JSON data stored beside the tensors. Collective.
 
-        A complete checkpoint of the same step is left as it is.
+        Tokenizer and code map go along, so that a checkpoint alone can generate. A complete checkpoint of the same
+        step is left as it is.
         """
         final = self.folder / step_folder(step)
         if final.exists():
@@ -155,6 +177,9 @@ class CheckpointManager:
         dist_checkpointing.save(state, str(aside), content_metadata=_content_metadata())
         dist.barrier()
         if dist.get_rank() == 0:
+            tokenizer.save(aside / TOKENIZER_FOLDER)
+            if code.code_map is not None:
+                np.save(aside / CODE_MAP_FILE, code.code_map)
             self._commit(aside, final, step, meta)
         dist.barrier()
         return final

@@ -1,0 +1,157 @@
+"""From settings to model chunks: the one place where a BitLM is put together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.codes import BinaryCode
+from megatron_bitlm.method.head import HeadConfig, check_head_config
+from megatron_bitlm.model.backbone import block_spec, transformer_config
+from megatron_bitlm.model.bitlm import BitLM
+from megatron_bitlm.model.initialization import initialize_parameters
+from megatron_bitlm.model.inputs import CodeEmbedding, CodeMLP
+from megatron_bitlm.model.presets import BackboneConfig, backbone_preset
+from megatron_bitlm.parallel.state import ParallelState
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass
+class BackboneOverrides:
+    """Changes to the preset's backbone; null keeps the preset's value.
+
+    Attributes:
+        num_layers: Transformer layers.
+        hidden_size: Width D.
+        ffn_hidden_size: SwiGLU hidden width.
+        num_attention_heads: Query heads.
+        num_query_groups: Key/value heads.
+        head_dim: Channels per head.
+        rope_theta: Base of the rotary frequencies.
+    """
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | None = None
+
+
+@dataclass
+class ModelConfig:
+    """A BitLM.
+
+    Attributes:
+        preset: Backbone shape: tiny, 0.6B, 1.7B, 4B or 8B.
+        backbone: Changes to it.
+        block_size: m, tokens denoised jointly; the dataset must have been made with the same.
+        head: The diffusion head.
+        input: `mlp` on codes (BitLM eq. 7) or `embedding`, a table by id (ablation).
+        input_hidden_size: Hidden width of the code MLP; null means 4 D.
+        attention_backend: `auto`, `dense`, `flash` or `flex`.
+        implementation: Layers from `local` torch parts or `transformer_engine`; `auto` takes Transformer Engine on a
+            GPU and local parts elsewhere.
+    """
+
+    preset: str = "tiny"
+    backbone: BackboneOverrides = field(default_factory=BackboneOverrides)
+    block_size: int = 4
+    head: HeadConfig = field(default_factory=HeadConfig)
+    input: Literal["mlp", "embedding"] = "mlp"
+    input_hidden_size: int | None = None
+    attention_backend: Literal["auto", "dense", "flash", "flex"] = "auto"
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
+
+    def resolve_backbone(self) -> BackboneConfig:
+        """The preset with its overrides."""
+        changes = {name: value for name, value in asdict(self.backbone).items() if value is not None}
+        return replace(backbone_preset(self.preset), **changes)
+
+    def validate(self) -> None:
+        """Raise BitLMError naming the setting and its value."""
+        backbone = self.resolve_backbone()
+        if self.block_size < 1:
+            raise BitLMError(f"model.block_size must be at least 1, got {self.block_size}")
+        if self.input_hidden_size is not None and self.input_hidden_size < 1:
+            raise BitLMError(f"model.input_hidden_size must be positive, got {self.input_hidden_size}")
+        try:
+            check_head_config(self.head, self.head.width or backbone.hidden_size)
+        except ValueError as error:
+            raise BitLMError(f"model.head: {error}") from error
+
+
+def build_chunks(
+    config: ModelConfig,
+    state: ParallelState,
+    *,
+    code: BinaryCode,
+    bos_id: int,
+    eos_id: int,
+    precision: Precision,
+    seed: int,
+) -> list[BitLM | Float16Module]:
+    """This rank's model chunks on its device, initialised alike in every layout (bf16 ones wrapped for casting).
+
+    Raises:
+        BitLMError: A setting that cannot be built.
+    """
+    config.validate()
+    backbone = config.resolve_backbone()
+    implementation = _implementation(config, state)
+    megatron = transformer_config(backbone, state.config, precision=precision, implementation=implementation)
+    chunks = []
+    for index in range(state.num_chunks):
+        stage = state.virtual_stage(index)
+        first = state.is_first_stage(index)
+        chunk = BitLM(
+            megatron,
+            block_spec(
+                megatron,
+                block_size=config.block_size,
+                attention_backend=config.attention_backend,
+                implementation=implementation,
+                vp_stage=stage,
+            ),
+            code=code,
+            head=config.head,
+            block_size=config.block_size,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            input_module=build_input(config, code, backbone.hidden_size, megatron.params_dtype) if first else None,
+            backbone=backbone,
+            pre_process=first,
+            post_process=state.is_last_stage(index),
+            vp_stage=stage,
+            pg_collection=state.process_groups,
+        )
+        initialize_parameters(chunk, seed)
+        chunk = chunk.to(state.device)
+        chunks.append(Float16Module(megatron, chunk) if precision == "bf16" else chunk)
+    return chunks
+
+
+def build_input(config: ModelConfig, code: BinaryCode, hidden_size: int, dtype: torch.dtype) -> torch.nn.Module:
+    """The module that lifts codes to the backbone's width."""
+    if config.input == "embedding":
+        return CodeEmbedding(code, hidden_size, dtype=dtype)
+    return CodeMLP(code.num_bits, config.input_hidden_size or 4 * hidden_size, hidden_size, dtype=dtype)
+
+
+def unwrap(chunk: torch.nn.Module) -> BitLM:
+    """The BitLM inside DDP and precision wrappers."""
+    while not isinstance(chunk, BitLM):
+        chunk = chunk.module
+    return chunk
+
+
+def _implementation(config: ModelConfig, state: ParallelState) -> str:
+    if config.implementation != "auto":
+        return config.implementation
+    return "transformer_engine" if state.device.type == "cuda" else "local"

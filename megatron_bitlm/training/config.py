@@ -1,0 +1,132 @@
+"""A training run's configuration: every room's dataclass under one roof."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from megatron_bitlm.data.packing import DataConfig
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.objective import ObjectiveConfig
+from megatron_bitlm.model.build import ModelConfig, Precision
+from megatron_bitlm.parallel.state import ParallelConfig
+from megatron_bitlm.training.checkpoint import CheckpointConfig
+from megatron_bitlm.training.likelihood import ValidationConfig
+from megatron_bitlm.training.optimizer import OptimizerConfig
+
+# Settings that may change between the sessions of one run without changing what it computes.
+_FREE = {"checkpoint", "parallel", "training.micro_batch_size", "training.log_interval_steps", "training.progress"}
+_FREE |= {"data.num_workers", "data.cache_dir", "validation.interval_steps", "training.peak_flops_per_device"}
+_FREE |= {"model.attention_backend", "model.implementation", "run.directory", "training.stop_after_steps"}
+
+
+@dataclass
+class RunSection:
+    """Where a run lives and what keys its randomness.
+
+    Attributes:
+        directory: The run's folder; made when absent, resumed when it holds this same run.
+        seed: 0 <= seed < 2^32.
+    """
+
+    directory: str = "runs/pretrain"
+    seed: int = 0
+
+
+@dataclass
+class TrainingConfig:
+    """The loop.
+
+    Attributes:
+        num_steps: Optimiser steps of the run.
+        global_batch_size: Samples per step over all ranks.
+        micro_batch_size: Samples per forward pass and rank; the rest of the batch is accumulated.
+        precision: `fp32`, or `bf16` with fp32 master weights.
+        log_interval_steps: Steps between printed lines (every step goes to metrics.jsonl).
+        stop_after_steps: End this session (with a checkpoint) after that many steps of the run; null means num_steps.
+        peak_flops_per_device: For MFU; null takes it from the device's name where known.
+        progress: `auto` draws a bar on a terminal and prints lines elsewhere; `lines` or `off`.
+    """
+
+    num_steps: int = 1000
+    global_batch_size: int = 16
+    micro_batch_size: int = 16
+    precision: Precision = "fp32"
+    log_interval_steps: int = 10
+    stop_after_steps: int | None = None
+    peak_flops_per_device: float | None = None
+    progress: str = "auto"
+
+    def validate(self) -> None:
+        """Raise BitLMError naming the setting and its value."""
+        for name in ("num_steps", "global_batch_size", "micro_batch_size", "log_interval_steps"):
+            if getattr(self, name) < 1:
+                raise BitLMError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        if self.progress not in ("auto", "lines", "off"):
+            raise BitLMError(f"training.progress must be auto, lines or off, got {self.progress!r}")
+
+
+@dataclass
+class RunConfig:
+    """All settings of `bitlm pretrain`."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def validate(self) -> None:
+        """Check everything that needs no data and no process group.
+
+        Raises:
+            BitLMError: Names the first setting that is wrong, and its value.
+        """
+        if not 0 <= self.run.seed < 2**32:
+            raise BitLMError(f"run.seed must lie in [0, 2^32), got {self.run.seed}")
+        self.model.validate()
+        try:
+            self.objective.validate()
+        except ValueError as error:
+            raise BitLMError(f"objective: {error}") from error
+        self.training.validate()
+        self.optimizer.validate(self.training.num_steps)
+        self.checkpoint.validate()
+        self.validation.validate()
+        self.data.validate(self.model.block_size)
+
+    def num_micro_batches(self, data_parallel_size: int) -> int:
+        """Micro-batches a rank accumulates in one step.
+
+        Raises:
+            BitLMError: The batch sizes do not divide.
+        """
+        share = self.training.micro_batch_size * data_parallel_size
+        if self.training.global_batch_size % share:
+            raise BitLMError(
+                f"training.global_batch_size {self.training.global_batch_size} is not divisible by micro_batch_size "
+                f"{self.training.micro_batch_size} x {data_parallel_size} data-parallel ranks"
+            )
+        return self.training.global_batch_size // share
+
+
+def flat_settings(config: RunConfig) -> dict[str, object]:
+    """Every setting by its dotted name, in JSON types."""
+
+    def walk(prefix: str, value: object) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {prefix: list(value) if isinstance(value, tuple) else value}
+        items: dict[str, object] = {}
+        for key, inner in value.items():
+            items |= walk(f"{prefix}.{key}" if prefix else key, inner)
+        return items
+
+    return walk("", asdict(config))
+
+
+def is_free(name: str) -> bool:
+    """Whether a setting may differ when a run is resumed."""
+    return name in _FREE or name.split(".")[0] in _FREE

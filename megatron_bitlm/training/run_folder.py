@@ -1,0 +1,87 @@
+"""The folder of a run: its configuration, metrics and checkpoints; never shared by two different runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.training.checkpoint import write_text_atomically
+from megatron_bitlm.training.config import RunConfig, flat_settings, is_free
+
+
+class RunFolder:
+    """runs/NAME with config.yaml, metrics.jsonl, tensorboard/ and checkpoints/."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+
+    def claim(self, config: RunConfig) -> None:
+        """Make the folder this run's, or check that it already is.
+
+        Raises:
+            BitLMError: It holds another run (names the first setting that differs) or files that are no run's.
+        """
+        if not self.config_file.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise BitLMError(f"run.directory {self.path} holds files but no run; choose another run.directory")
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(self.config_file, dump_config(config))
+            return
+        self.check_same(config)
+
+    def check_same(self, config: RunConfig) -> None:
+        """Raise BitLMError where the folder's run differs from `config` in a setting that changes its results."""
+        try:
+            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise BitLMError(f"cannot read {self.config_file}: {error}") from error
+        if not isinstance(stored, dict):
+            raise BitLMError(f"{self.config_file} is not a run's configuration; choose another run.directory")
+        old, new = _flatten(stored), flat_settings(config)
+        for name in sorted(old.keys() | new.keys()):
+            if not is_free(name) and old.get(name) != new.get(name):
+                raise BitLMError(
+                    f"run.directory {self.path} already holds another run: {name} is {old.get(name)!r} there and "
+                    f"{new.get(name)!r} here; choose another run.directory"
+                )
+
+    def keep_metrics_through(self, step: int) -> None:
+        """Drop the records of steps after `step`, which a resumed run computes again."""
+        if not self.metrics_file.exists():
+            return
+        kept = [line for line in _whole_lines(self.metrics_file) if json.loads(line)["step"] <= step]
+        write_text_atomically(self.metrics_file, "".join(kept))
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML that `bitlm pretrain` reads back."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of a JSONL file; a last line cut off by a kill is left out."""
+    with open(path, encoding="utf-8") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    items: dict[str, object] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        items |= _flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+    return items
+
+
+def require_writable(path: Path) -> None:
+    """Raise BitLMError when the folder cannot be written, before time is spent."""
+    if path.exists() and not os.access(path, os.W_OK):
+        raise BitLMError(f"run.directory {path} is not writable")

@@ -1,0 +1,201 @@
+"""Everything one process holds while it trains: place in the layout, model, optimizer, data, scorer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from megatron_bitlm.data.card import Card, load_dataset_code, load_dataset_tokenizer, read_card
+from megatron_bitlm.data.packing import SampleLoader, build_datasets, fixed_batches
+from megatron_bitlm.data.tokenizer import Tokenizer
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.codes import BinaryCode
+from megatron_bitlm.method.objective import DenoisingObjective
+from megatron_bitlm.model.bitlm import BitFlips
+from megatron_bitlm.model.build import build_chunks, unwrap
+from megatron_bitlm.parallel.state import ParallelState
+from megatron_bitlm.training.checkpoint import CheckpointManager
+from megatron_bitlm.training.config import RunConfig
+from megatron_bitlm.training.likelihood import LikelihoodReport, LikelihoodScorer
+from megatron_bitlm.training.optimizer import build_optimizer, build_scheduler
+from megatron_bitlm.training.step import Inputs, PipelineRunner, TrainingStep, to_device
+
+_VALIDATION_SEED_OFFSET = 0x5EED  # the bound's noise must not repeat the training noise of the same samples
+
+
+@dataclass
+class DataFacts:
+    """What the datasets of a run agree on."""
+
+    card: Card
+    code: BinaryCode
+    tokenizer: Tokenizer
+    prefix: str
+
+
+def read_data_facts(config: RunConfig) -> DataFacts:
+    """Card, code and tokenizer of the first dataset, checked against the model's block size.
+
+    Raises:
+        BitLMError: No paths, an unreadable dataset, or one made for another block size.
+    """
+    if not config.data.paths:
+        raise BitLMError("data.paths is empty: name at least one dataset prefix made by `bitlm preprocess`")
+    prefix = config.data.paths[0]
+    card = read_card(prefix)
+    if card.block_size != config.model.block_size:
+        raise BitLMError(
+            f"{prefix}.json was made with block_size {card.block_size}, but model.block_size is "
+            f"{config.model.block_size}; preprocess again or change model.block_size"
+        )
+    return DataFacts(card, load_dataset_code(prefix), load_dataset_tokenizer(prefix), prefix)
+
+
+class Session:
+    """Builds what `config` asks for on this rank. Collective.
+
+    Args:
+        config: The run, already validated.
+        facts: Of its datasets.
+        state: This process's place in the layout.
+        checkpoints: Folder of the run's checkpoints.
+    """
+
+    def __init__(self, config: RunConfig, facts: DataFacts, state: ParallelState, checkpoints: Path) -> None:
+        self.config, self.facts, self.state = config, facts, state
+        self.num_micro_batches = config.num_micro_batches(state.data_parallel_size)
+        training = config.training
+        precise = build_chunks(
+            config.model,
+            state,
+            code=facts.code,
+            bos_id=facts.card.bos_id,
+            eos_id=facts.card.eos_id,
+            precision=training.precision,
+            seed=config.run.seed,
+        )
+        self.chunks = [unwrap(chunk) for chunk in precise]
+        wrapped = self._wrap(precise)
+        parallel = config.parallel
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            wrapped,
+            bf16=training.precision == "bf16",
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
+        self._connect(wrapped)
+        scheduler = build_scheduler(config.optimizer, self.optimizer, training.num_steps)
+        self.checkpoints = CheckpointManager(
+            checkpoints, config.checkpoint, self.chunks, self.optimizer, scheduler
+        )
+        self.train_data, self.valid_data = build_datasets(
+            config.data,
+            block_size=config.model.block_size,
+            num_train_samples=training.num_steps * training.global_batch_size,
+            num_valid_samples=config.validation.num_samples,
+            seed=config.run.seed,
+        )
+        runner = PipelineRunner(wrapped, training.micro_batch_size, config.data.sequence_length)
+        self.step = TrainingStep(
+            runner,
+            self.optimizer,
+            scheduler,
+            DenoisingObjective(config.objective, facts.code, config.run.seed),
+            self._flips(),
+            sequence_parallel=parallel.sequence_parallel,
+            device=state.device,
+        )
+        self.scorer = LikelihoodScorer(
+            runner,
+            code=facts.code,
+            token_num_bytes=facts.tokenizer.token_num_bytes(),
+            block_size=config.model.block_size,
+            seed=(config.run.seed + _VALIDATION_SEED_OFFSET) % 2**32,
+            sequence_parallel=parallel.sequence_parallel,
+            device=state.device,
+        )
+
+    def loader(self, consumed_samples: int) -> SampleLoader:
+        """This rank's micro-batches from the run's sample number `consumed_samples` on."""
+        return SampleLoader(
+            self.train_data,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=self.state.data_parallel_rank,
+            data_parallel_size=self.state.data_parallel_size,
+            consumed_samples=consumed_samples,
+            num_workers=self.config.data.num_workers,
+        )
+
+    def next_inputs(self, batches: Any) -> list[Inputs]:
+        """The micro-batches of one step, on the device."""
+        return [self._to_device(next(batches)) for _ in range(self.num_micro_batches)]
+
+    def validate(self) -> LikelihoodReport:
+        """The likelihood bound on the validation samples. Collective."""
+        num_samples = min(self.config.validation.num_samples, len(self.valid_data))
+        share = self.config.training.micro_batch_size * self.state.data_parallel_size
+        num_samples = max(num_samples // share * share, min(share, num_samples))
+        if num_samples < share:
+            raise BitLMError(
+                f"the validation split has {num_samples} samples, fewer than micro_batch_size x data-parallel ranks = "
+                f"{share}; give it a larger part of data.split or lower training.micro_batch_size"
+            )
+
+        def batches() -> list[Inputs]:
+            return [
+                self._to_device(batch)
+                for batch in fixed_batches(
+                    self.valid_data,
+                    num_samples,
+                    micro_batch_size=self.config.training.micro_batch_size,
+                    data_parallel_rank=self.state.data_parallel_rank,
+                    data_parallel_size=self.state.data_parallel_size,
+                )
+            ]
+
+        num_blocks = self.config.data.sequence_length // self.config.model.block_size
+        return self.scorer(batches, num_samples, num_blocks, self.config.validation.num_repeats)
+
+    def _to_device(self, batch: Any) -> Inputs:
+        return to_device(batch, self.state.device, self.config.model.block_size)
+
+    def _flips(self) -> BitFlips | None:
+        probability = self.config.objective.bit_flip_probability
+        return BitFlips(probability, self.config.run.seed) if probability > 0 else None
+
+    def _wrap(self, chunks: list) -> list[DistributedDataParallel]:
+        parallel = self.config.parallel
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=False,  # the step checks loss and norm itself, with a message
+        )
+        return [
+            DistributedDataParallel(unwrap(chunk).config, settings, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+
+    def _connect(self, wrapped: list[DistributedDataParallel]) -> None:
+        """Tell the schedules how to finish gradients and when to communicate."""
+        config, parallel = self.chunks[0].config, self.config.parallel
+
+        def single(items: list) -> Any:
+            return items if len(items) > 1 else items[0]
+
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        if parallel.overlap_grad_reduce:
+            config.no_sync_func = single([chunk.no_sync for chunk in wrapped])
+        if parallel.overlap_param_gather:
+            config.param_sync_func = single([chunk.start_param_sync for chunk in wrapped])
+
+
+def mean_visible_keys(config: RunConfig) -> float:
+    """Average keys a query sees when a sample is one document: (S + m) / 2."""
+    return (config.data.sequence_length + config.model.block_size) / 2

@@ -1,0 +1,180 @@
+"""The training loop: settings and data in, checkpoints and records out. It knows no model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bitlm import __version__
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.parallel.state import initialize_parallel, shutdown_parallel
+from megatron_bitlm.training.callbacks import Callback, MetricsFile, Progress, Record, TensorBoard
+from megatron_bitlm.training.config import RunConfig, flat_settings
+from megatron_bitlm.training.flops import device_peak, training_flops_per_token
+from megatron_bitlm.training.likelihood import LikelihoodReport
+from megatron_bitlm.training.optimizer import gradient_norms_by_part
+from megatron_bitlm.training.run_folder import RunFolder, require_writable
+from megatron_bitlm.training.session import DataFacts, Session, mean_visible_keys, read_data_facts
+from megatron_bitlm.training.step import StepResult
+
+
+@dataclass
+class Outcome:
+    """How a session of a run ended: the last step, whether the run is complete, the last validation of the session."""
+
+    step: int
+    finished: bool
+    validation: LikelihoodReport | None
+
+
+def pretrain(config: RunConfig) -> Outcome:
+    """Train the run `config` describes, from its newest checkpoint if it has one. Under torchrun, call on every rank.
+
+    Raises:
+        BitLMError: Bad settings or data, a folder that holds another run, or a loss that is not finite.
+    """
+    config.validate()
+    facts = read_data_facts(config)
+    folder = RunFolder(config.run.directory)
+    require_writable(folder.path)
+    state = initialize_parallel(
+        config.parallel, seed=config.run.seed, model=config.model.resolve_backbone()
+    )
+    try:
+        if state.is_main:
+            folder.claim(config)
+        session = Session(config, facts, state, folder.checkpoints)
+        callbacks = _callbacks(config, folder) if state.is_main else []
+        return Loop(session, folder, callbacks).run()
+    finally:
+        shutdown_parallel()
+
+
+def _callbacks(config: RunConfig, folder: RunFolder) -> list[Callback]:
+    watching: list[Callback] = [MetricsFile(folder.metrics_file), TensorBoard(folder.tensorboard)]
+    if config.training.progress != "off":
+        watching.append(Progress(config.training.progress, config.training.log_interval_steps))
+    return watching
+
+
+class Loop:
+    """Runs the steps of a session.
+
+    Args:
+        session: Model, data and optimizer.
+        folder: The run's folder.
+        callbacks: Told of every step (on the main process).
+    """
+
+    def __init__(self, session: Session, folder: RunFolder, callbacks: list[Callback]) -> None:
+        self.session, self.folder, self.callbacks = session, folder, callbacks
+        config, facts = session.config, session.facts
+        flops = training_flops_per_token(
+            config.model, facts.card.num_bits, config.objective.samples_per_block, mean_visible_keys(config)
+        )
+        peak = device_peak(config.training.peak_flops_per_device, session.state.device)
+        self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
+        self.flops_share = flops * self.tokens_per_step / (peak * session.state.world_size) if peak else None
+        self.validation: LikelihoodReport | None = None
+
+    def run(self) -> Outcome:
+        """Resume, train to the end of the session, leave a checkpoint."""
+        config = self.session.config
+        start = self._resume()
+        last = min(config.training.num_steps, config.training.stop_after_steps or config.training.num_steps)
+        try:
+            for callback in self.callbacks:
+                callback.on_start(start, last)
+            self._announce(start)
+            batches = iter(self.session.loader(start * config.training.global_batch_size))
+            for step in range(start + 1, last + 1):
+                self._one_step(step, batches, last)
+        finally:
+            for callback in self.callbacks:
+                callback.on_end()
+        return Outcome(max(start, last), last == config.training.num_steps, self.validation)
+
+    def _one_step(self, step: int, batches: Any, last: int) -> None:
+        began = time.perf_counter()
+        inputs = self.session.next_inputs(batches)
+        result = self.session.step(step, inputs)
+        norms = gradient_norms_by_part(self.session.optimizer, result.gradient_norm)
+        seconds = time.perf_counter() - began
+        record = self._record(step, result, norms, seconds)
+        if _is_due(step, self.session.config.validation.interval_steps) or step == last:
+            self.validation = self.session.validate()
+            record |= self.validation.record()
+        for callback in self.callbacks:
+            callback.on_step(record)
+        if _is_due(step, self.session.config.checkpoint.interval_steps) or step == last:
+            self.session.checkpoints.save(step, self._meta(), self.session.facts.tokenizer, self.session.facts.code)
+
+    def _record(self, step: int, result: StepResult, norms: dict[str, float], seconds: float) -> Record:
+        record: Record = {
+            "step": step,
+            **result.metrics.record(),
+            "gradient_norm": result.gradient_norm,
+            **norms,
+            "learning_rate": result.learning_rate,
+            "samples": step * self.session.config.training.global_batch_size,
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "seconds": seconds,
+        }
+        if self.flops_share is not None:
+            record["mfu"] = self.flops_share / seconds
+        return record
+
+    def _resume(self) -> int:
+        meta = self.session.checkpoints.load_latest()
+        if meta is None:
+            return 0
+        check_same_data(meta, self.session.facts)
+        if self.session.state.is_main:
+            self.folder.keep_metrics_through(meta["step"])
+        return int(meta["step"])
+
+    def _announce(self, start: int) -> None:
+        if start:
+            for callback in self.callbacks:
+                callback.on_message(f"resumed {self.folder.path} at step {start}")
+
+    def _meta(self) -> dict[str, Any]:
+        config = self.session.config
+        return {
+            "data": data_identity(self.session.facts),
+            "settings": flat_settings(config),
+            "package_version": __version__,
+        }
+
+
+def data_identity(facts: DataFacts) -> dict[str, Any]:
+    """What a model and a dataset must agree on."""
+    card = facts.card
+    return {
+        "vocab_size": card.vocab_size,
+        "num_bits": card.num_bits,
+        "block_size": card.block_size,
+        "code_map_hash": card.code_map_hash,
+        "tokenizer_fingerprint": card.tokenizer_fingerprint,
+        "bos_id": card.bos_id,
+        "eos_id": card.eos_id,
+    }
+
+
+def check_same_data(meta: dict[str, Any], facts: DataFacts) -> None:
+    """Raise BitLMError where a checkpoint was trained on another code, tokenizer or framing than the data's."""
+    stored, here = meta["data"], data_identity(facts)
+    for name, value in here.items():
+        if stored.get(name) != value:
+            raise BitLMError(
+                f"the checkpoint of step {meta['step']} was trained with {name} {stored.get(name)!r}, but "
+                f"{facts.prefix}.json has {value!r}; use the dataset the run was started with"
+            )
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
