@@ -60,9 +60,9 @@ def plot_loss(
     *,
     metric: str = "bits_per_byte",
     loss_reference_lines: Mapping[str, float] | None = None,
-    time_bucket_prefix: str = "loss_by_time/",
+    time_bucket_prefix: str = "error_by_time/",
 ) -> None:
-    """Draw training loss, the validation bound with its baselines, and the loss by time bucket where logged.
+    """Draw training loss, the validation bound with its baselines, and the error by noise time where logged.
 
     Args:
         records: dicts with `step` and any of `loss`, `validation/<metric>`, `<time_bucket_prefix><bucket>`.
@@ -71,7 +71,7 @@ def plot_loss(
         reference_lines: name to value in the unit of `metric`, drawn across the validation panel.
         metric: `bits_per_byte` or `nats_per_token`.
         loss_reference_lines: name to value in the unit of the training loss, drawn across its panel.
-        time_bucket_prefix: what the keys of the losses by noise time begin with.
+        time_bucket_prefix: what the keys of the errors by noise time begin with.
 
     Raises:
         BitLMError: if no record holds a loss.
@@ -178,6 +178,6 @@ def _draw_time_buckets(
         steps, losses = _series(records, key)
         smoothed = _smooth(losses, max(1, losses.size // 15))
         axis.plot(steps, smoothed, color=color, linewidth=1.6, label=key.removeprefix(prefix))
-    axis.set_ylabel("training loss (per bit), smoothed")
-    axis.set_title("Loss by noise time t (0 clean, 1 noise)", fontsize=10)
+    axis.set_ylabel("squared error per bit, smoothed")
+    axis.set_title("Training error by noise time t (0 clean, 1 noise)", fontsize=10)
     axis.legend(frameon=False, fontsize=8, title="t", loc="upper right", ncols=2 if len(buckets) > 5 else 1)

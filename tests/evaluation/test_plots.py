@@ -32,7 +32,7 @@ def texts(figure):
 
 def training_records(num_steps=40):
     records = [
-        {"step": step, "loss": 1 / step, "loss_by_time/0.0-0.5": 0.1} for step in range(1, num_steps + 1)
+        {"step": step, "loss": 1 / step, "error_by_time/0.0-0.5": 0.1} for step in range(1, num_steps + 1)
     ]
     records.append({"step": 20, "validation/bits_per_byte": 5.0, "validation/nats_per_token": 3.5})
     records.append({"step": 40, "validation/bits_per_byte": 3.0, "validation/nats_per_token": 2.1})
