@@ -1,0 +1,284 @@
+"""Text to a dataset of packed binary codes: parallel, deterministic, resumable.
+
+Workers encode units of the corpus; this process appends their bytes in corpus order to files in PREFIX.partial and
+keeps a journal of what is safely there. A killed run is continued by starting it again; PREFIX.* files appear by
+renaming once everything is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bitlm.data.card import Card, load_code
+from megatron_bitlm.data.corpus import UNIT_NUM_BYTES, Corpus, Unit, open_corpus
+from megatron_bitlm.data.framing import check_block_bits, document_num_bytes, frame_documents, pack_documents
+from megatron_bitlm.data.partial import EncodedUnit, PartialDataset
+from megatron_bitlm.data.progress import CorpusProgress
+from megatron_bitlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bitlm.data.workers import end_with_parent, num_usable_cores, pool_context
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.codes import BinaryCode
+
+_TRAIN_BPE = "train:bpe:"
+_BATCH_NUM_CHARS = 1 << 19  # keeps the unpacked bits of a batch within a few tens of megabytes
+
+
+@dataclass(kw_only=True)
+class PreprocessConfig:
+    """What to turn into a dataset, and how."""
+
+    output: str
+    """Prefix of the files to write: OUTPUT.bin, OUTPUT.idx, OUTPUT.json, OUTPUT.tokenizer/. Never overwritten."""
+    tokenizer: str
+    """`bytes`, a tokenizer.json, a Hugging Face folder or hub name, a SentencePiece .model, a .tiktoken ranks file,
+    a tokenizer saved with a dataset, or `train:bpe:SIZE` to train one on the corpus (SIZE includes BOS and EOS)."""
+    input: list[str] = field(default_factory=list)
+    """JSONL files (plain, .gz, .zst), Parquet files, text files, folders of these, or hub:NAME[:config][:split]."""
+    corpus: str | None = None
+    """`installed-docs`: the documentation of the installed Python packages, in place of `input`."""
+    block_size: int = 4
+    """m, tokens generated together; the dataset is made for one m."""
+    num_workers: int | None = None
+    """Processes; all usable cores by default. The output does not depend on it."""
+    text_key: str = "text"
+    """Key of a JSONL record, or column of a Parquet or hub dataset, that holds the text."""
+    paragraphs: bool = False
+    """Text files hold one document per paragraph (separated by blank lines) instead of one per file."""
+    code_map: str | None = None
+    """.npy file with a permutation of the ids to apply before taking bits; none by default."""
+    bos_token: str | None = None
+    """Token to use as BOS (Hugging Face, SentencePiece); `add:TOKEN` adds one (Hugging Face)."""
+    eos_token: str | None = None
+    """Token to use as EOS (Hugging Face, SentencePiece); `add:TOKEN` adds one (Hugging Face)."""
+    pattern: str | None = None
+    """Split pattern of a .tiktoken file whose number of ranks is not known: qwen, cl100k, o200k, gpt2 or a regex."""
+    tokenizer_train_bytes: int = 268_435_456
+    """UTF-8 bytes from the start of the corpus that `train:bpe` trains on."""
+    max_documents: int | None = None
+    """Stop after this many documents (empty ones not counted)."""
+    log_interval_seconds: float = 10.0
+    """Time between progress lines when standard error is not a terminal."""
+
+    def __post_init__(self) -> None:
+        """Checks values.
+
+        Raises:
+            BitLMError: a value out of range.
+        """
+        if self.num_workers is not None and self.num_workers < 1:
+            raise BitLMError(f"num_workers is {self.num_workers}, it must be at least 1")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise BitLMError(f"max_documents is {self.max_documents}, it must be at least 1")
+        if self.tokenizer_train_bytes < 1:
+            raise BitLMError(f"tokenizer_train_bytes is {self.tokenizer_train_bytes}, it must be at least 1")
+        if not self.output or self.output.endswith(("/", ".")):
+            raise BitLMError(f"output {self.output!r} is not a file prefix such as data/wiki")
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes the output, beside the content of the input."""
+        names = "block_size tokenizer text_key paragraphs code_map bos_token eos_token pattern max_documents corpus"
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        if self.tokenizer.startswith(_TRAIN_BPE):
+            chosen["tokenizer_train_bytes"] = self.tokenizer_train_bytes
+        return {**chosen, "input": list(self.input), "unit_num_bytes": UNIT_NUM_BYTES}
+
+
+def preprocess(config: PreprocessConfig) -> Card:
+    """Makes a dataset; continues where a killed run with the same settings and input stopped.
+
+    Returns:
+        The card that was written.
+
+    Raises:
+        BitLMError: output that exists, empty or broken input, a tokenizer or code map of no use, or an unfinished
+            run with other settings or input.
+    """
+    num_workers = config.num_workers or num_usable_cores()
+    with PartialDataset(config.output, config.settings()) as partial:
+        if partial.card is not None:
+            return partial.publish()
+        corpus = open_corpus(
+            config.input,
+            corpus=config.corpus,
+            text_key=config.text_key,
+            paragraphs=config.paragraphs,
+            num_workers=num_workers,
+        )
+        tokenizer = _settle_tokenizer(config, corpus, partial)
+        code = load_code(tokenizer.vocab_size, config.code_map)
+        check_block_bits(config.block_size, code.num_bits)
+        partial.start(tokenizer, code)
+        encoding = _Encoding(
+            str(partial.tokenizer_folder),
+            tokenizer.fingerprint,
+            config.code_map,
+            code.code_map_hash,
+            config.block_size,
+        )
+        _encode_corpus(config, corpus, partial, encoding, num_workers)
+        if partial.totals.num_documents == 0:
+            what = config.corpus or ", ".join(config.input)
+            partial.discard()
+            raise BitLMError(f"input {what}: the corpus is empty, no document gave a token")
+        partial.finish(tokenizer, code, config.block_size)
+        return partial.publish()
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What a worker needs to load once; the hashes keep one preprocess call's objects from serving another's."""
+
+    tokenizer_folder: str
+    tokenizer_fingerprint: str
+    code_map: str | None
+    code_map_hash: str
+    block_size: int
+
+
+def _settle_tokenizer(config: PreprocessConfig, corpus: Corpus, partial: PartialDataset) -> Tokenizer:
+    """The tokenizer of the unfinished run if there is one, else the one asked for, trained if need be."""
+    if partial.resumes and config.tokenizer.startswith(_TRAIN_BPE):
+        return load_tokenizer(partial.tokenizer_folder)
+    if not config.tokenizer.startswith("train:"):
+        options = {"bos_token": config.bos_token, "eos_token": config.eos_token, "pattern": config.pattern}
+        return load_tokenizer(config.tokenizer, **options)
+    size = config.tokenizer.removeprefix(_TRAIN_BPE)
+    if not config.tokenizer.startswith(_TRAIN_BPE) or not size.isdigit():
+        raise BitLMError(
+            f"tokenizer {config.tokenizer!r}: to train one write train:bpe:SIZE, e.g. train:bpe:4096"
+        )
+    for name in ("bos_token", "eos_token", "pattern"):
+        if getattr(config, name) is not None:
+            raise BitLMError(f"{name} does not apply to a trained tokenizer: leave it out")
+    # In a process of its own: training starts threads, after which this one could not safely fork workers.
+    with ProcessPoolExecutor(1, mp_context=pool_context(), initializer=end_with_parent) as pool:
+        arguments = (corpus, int(size), config.tokenizer_train_bytes, partial.tokenizer_folder)
+        pool.submit(_train_tokenizer, *arguments).result()
+    return load_tokenizer(partial.tokenizer_folder)
+
+
+def _train_tokenizer(corpus: Corpus, vocab_size: int, max_num_bytes: int, folder: Path) -> None:
+    from megatron_bitlm.data.tokenizer_backends import train_bpe
+
+    def sample() -> Iterator[str]:
+        num_bytes = 0
+        for document in corpus.documents():
+            num_bytes += len(document.encode())
+            if num_bytes > max_num_bytes:
+                return
+            yield document
+
+    train_bpe(sample(), vocab_size).save(folder)
+
+
+def _encode_corpus(
+    config: PreprocessConfig, corpus: Corpus, partial: PartialDataset, encoding: _Encoding, num_workers: int
+) -> None:
+    """Appends every unit that is not in ``partial`` yet, in order, until the corpus or max_documents ends."""
+    units = corpus.units()
+    skipped_input_bytes = partial.skip_finished(units)
+    limit = config.max_documents
+    if limit is not None and partial.totals.num_documents >= limit:
+        return
+    progress = CorpusProgress(corpus.num_input_bytes, config.log_interval_seconds, skipped_input_bytes)
+    with progress, contextlib.closing(_encoded(units, encoding, num_workers)) as results:
+        for unit, encoded in results:
+            if limit is not None:
+                encoded = encoded.first(limit - partial.totals.num_documents)
+            partial.append(unit.digest, encoded)
+            num_tokens = int(encoded.num_text_tokens_d.sum())
+            progress.advance(len(encoded.num_bytes_d), num_tokens, unit.num_input_bytes)
+            if limit is not None and partial.totals.num_documents >= limit:
+                break
+
+
+def _encoded(
+    units: Iterator[Unit], encoding: _Encoding, num_workers: int
+) -> Iterator[tuple[Unit, EncodedUnit]]:
+    """Units with their encoded documents, in order; a few units are in work ahead of the one that is due."""
+    if num_workers == 1:
+        for unit in units:
+            yield unit, _encode_unit(unit, encoding)
+        return
+    pool = ProcessPoolExecutor(num_workers, mp_context=pool_context(), initializer=end_with_parent)
+    try:
+        waiting: deque[tuple[Unit, Future[EncodedUnit]]] = deque()
+        for unit in units:
+            waiting.append((unit, pool.submit(_encode_unit, unit, encoding)))
+            if len(waiting) > 2 * num_workers:
+                due, future = waiting.popleft()
+                yield due, future.result()
+        while waiting:
+            due, future = waiting.popleft()
+            yield due, future.result()
+    except BrokenProcessPool as error:
+        raise BitLMError(
+            "a worker process died, perhaps for lack of memory: run again with fewer num_workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode_unit(unit: Unit, encoding: _Encoding) -> EncodedUnit:
+    """Encodes the documents of a unit. Runs in a worker."""
+    tokenizer, code = _tokenizer_and_code(encoding)
+    block_size = encoding.block_size
+    batches = []
+    num_empty = 0
+    for texts in _batches(unit.documents()):
+        arrays = tokenizer.encode_arrays(texts)
+        kept = [i for i, ids in enumerate(arrays) if len(ids)]
+        num_empty += len(arrays) - len(kept)
+        if not kept:
+            continue
+        num_tokens_d = np.array([len(arrays[i]) for i in kept], dtype=np.int64)
+        ids_t = np.concatenate([arrays[i] for i in kept])
+        framed, num_blocks_d = frame_documents(
+            ids_t, num_tokens_d, block_size=block_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
+        )
+        try:
+            content = pack_documents(framed, num_blocks_d, code, block_size)
+        except ValueError as error:
+            raise BitLMError(
+                f"{unit.label}: the tokenizer gave an id that is none of its own ({error})"
+            ) from error
+        num_text_bytes_d = np.array([len(texts[i].encode()) for i in kept], dtype=np.int64)
+        num_bytes_d = document_num_bytes(num_blocks_d, block_size * code.num_bits)
+        if num_bytes_d.max() >= 2**31:
+            raise BitLMError(
+                f"{unit.label}: a document of {num_bytes_d.max()} bytes of codes is over the limit of 2 GiB"
+            )
+        batches.append((content, num_bytes_d, num_blocks_d, num_tokens_d, num_text_bytes_d))
+    if not batches:
+        none = np.zeros(0, dtype=np.int64)
+        return EncodedUnit(none.astype(np.uint8), none, none, none, none, num_empty)
+    return EncodedUnit(*(np.concatenate(columns) for columns in zip(*batches, strict=True)), num_empty)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer_and_code(encoding: _Encoding) -> tuple[Tokenizer, BinaryCode]:
+    tokenizer = load_tokenizer(encoding.tokenizer_folder)
+    return tokenizer, load_code(tokenizer.vocab_size, encoding.code_map)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_chars = 0
+    for document in documents:
+        batch.append(document)
+        num_chars += len(document)
+        if num_chars >= _BATCH_NUM_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
