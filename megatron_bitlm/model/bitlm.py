@@ -124,6 +124,10 @@ class BitLM(Backbone):
             return hidden
         return self._score(hidden, packed, sample_index, objective)
 
+    def states(self, codes: Tensor, layout: SequenceLayout) -> Tensor:
+        """Final states [S, B, D] of codes [B, S, K], without the head; for generation on one pipeline stage."""
+        return super().forward(codes, layout)
+
     def _score(
         self, hidden: Tensor, packed: Tensor, sample_index: Tensor, objective: Objective | None
     ) -> ScoredBlocks:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.training.checkpoint import write_text_atomically
+from megatron_bitlm.data.files import write_atomic
 from megatron_bitlm.training.config import RunConfig, flat_settings, is_free
 
 
@@ -34,7 +34,7 @@ class RunFolder:
             if self.path.exists() and any(self.path.iterdir()):
                 raise BitLMError(f"run.directory {self.path} holds files but no run; choose another run.directory")
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(self.config_file, dump_config(config))
+            write_atomic(self.config_file, dump_config(config).encode())
             return
         self.check_same(config)
 
@@ -59,7 +59,7 @@ class RunFolder:
         if not self.metrics_file.exists():
             return
         kept = [line for line in _whole_lines(self.metrics_file) if json.loads(line)["step"] <= step]
-        write_text_atomically(self.metrics_file, "".join(kept))
+        write_atomic(self.metrics_file, "".join(kept).encode())
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,0 +1,107 @@
+"""From a training checkpoint of any layout to a model in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bitlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.codes import BinaryCode
+from megatron_bitlm.model.bitlm import BitLM
+from megatron_bitlm.model.build import ModelConfig, build_chunks, unwrap
+from megatron_bitlm.model.checkpoint import (
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    load_code,
+    load_model,
+    read_meta,
+)
+from megatron_bitlm.parallel.state import ParallelConfig, ParallelState, initialize_parallel, shutdown_parallel
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to generate or to be scored, with what its checkpoint says of it."""
+
+    model: BitLM
+    config: ModelConfig
+    code: BinaryCode
+    tokenizer: Tokenizer
+    bos_id: int
+    eos_id: int
+    step: int
+    settings: dict[str, Any]
+    state: ParallelState
+
+
+@contextmanager
+def loaded_model(checkpoint: str | Path, *, precision: str | None = None) -> Iterator[LoadedModel]:
+    """The model of a run folder or step folder, in eval mode, in one process; process groups end with the context.
+
+    Args:
+        checkpoint: A run folder, its checkpoints folder or a step folder.
+        precision: fp32 or bf16; null takes the one it was trained in.
+
+    Raises:
+        BitLMError: No complete checkpoint, a damaged one, or one whose code or tokenizer does not match.
+    """
+    path = find_checkpoint(checkpoint)
+    meta = read_meta(path)
+    code = load_code(path, meta)
+    tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
+    if tokenizer.fingerprint != meta["data"]["tokenizer_fingerprint"]:
+        raise BitLMError(f"{path / TOKENIZER_FOLDER} is not the tokenizer the checkpoint was trained with")
+    settings = meta["settings"]
+    config = model_config(settings)
+    state = initialize_parallel(ParallelConfig(), seed=0, model=config.resolve_backbone())
+    try:
+        chunks = build_chunks(
+            config,
+            state,
+            code=code,
+            bos_id=meta["data"]["bos_id"],
+            eos_id=meta["data"]["eos_id"],
+            precision=precision or settings["training.precision"],
+            seed=0,
+        )
+        model = unwrap(chunks[0])
+        load_model(path, [model])
+        model.eval()
+        yield LoadedModel(
+            model,
+            config,
+            code,
+            tokenizer,
+            meta["data"]["bos_id"],
+            meta["data"]["eos_id"],
+            meta["step"],
+            settings,
+            state,
+        )
+    finally:
+        shutdown_parallel()
+
+
+def model_config(settings: dict[str, Any]) -> ModelConfig:
+    """The `model` section of a checkpoint's flat settings.
+
+    Raises:
+        BitLMError: A setting this release does not know.
+    """
+    config = ModelConfig()
+    for name, value in settings.items():
+        section, _, rest = name.partition(".")
+        if section != "model":
+            continue
+        target: Any = config
+        *path, last = rest.split(".")
+        for part in path:
+            target = getattr(target, part, None)
+        if not is_dataclass(target) or last not in {f.name for f in fields(target)}:
+            raise BitLMError(f"the checkpoint's setting {name} is unknown to this release of megatron-bitlm")
+        setattr(target, last, value)
+    return config
