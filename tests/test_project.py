@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 import megatron_bitlm
 
@@ -177,6 +178,17 @@ def test_documents_name_files_that_exist(path):
         link for link in links if not (ROOT / link[1:] if link[0] == "/" else path.parent / link).exists()
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_name_settings_that_exist(path):
+    from megatron_bitlm.training.config import RunConfig, flat_settings
+
+    def names(tree, prefix=""):
+        for key, value in tree.items():
+            yield from names(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+    assert set(names(yaml.safe_load(path.read_text(encoding="utf-8")))) <= set(flat_settings(RunConfig()))
 
 
 def test_no_leftovers_in_the_sources():
