@@ -21,7 +21,7 @@ from megatron_bitlm import __version__
 from megatron_bitlm.data.card import VERSION, Card, dataset_path, index_content, read_card
 from megatron_bitlm.data.corpus import Unit
 from megatron_bitlm.data.files import sha256_file, write_atomic
-from megatron_bitlm.data.tokenizer import DESCRIPTION_FILE, Tokenizer
+from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
 

@@ -96,7 +96,7 @@ class Tokenizer(ABC):
             ValueError: an id outside [0, V).
         """
         kept = [int(token) for token in ids]
-        if kept and not (0 <= min(kept) and max(kept) < self.vocab_size):
+        if kept and not (min(kept) >= 0 and max(kept) < self.vocab_size):
             bad = min(kept) if min(kept) < 0 else max(kept)
             raise ValueError(f"cannot decode id {bad}, outside [0, {self.vocab_size})")
         return self._decode([token for token in kept if token not in (self.bos_id, self.eos_id)])
