@@ -91,6 +91,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
+        cuda_graph_scope=[],  # the default, "full", warns that it is deprecated
         # The loss is a sum over all tokens of a step, divided once: equal in every layout.
         calculate_per_token_loss=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
