@@ -1,4 +1,4 @@
-"""What each rank runs to compare layouts: one step's gradients of the backbone under megatron-core's schedules."""
+"""What each rank runs to compare layouts: one step's gradients under megatron-core's schedules."""
 
 import os
 from collections.abc import Iterator

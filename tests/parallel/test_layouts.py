@@ -1,4 +1,4 @@
-"""Every layout of the backbone computes what one process computes: weights, loss and gradients, in float64."""
+"""Every layout of the backbone computes what one process does: weights, loss and gradients, in float64."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def four_ranks() -> dict[str, list]:
 
 
 def assembled(name: str, parts: list[torch.Tensor], full: torch.Tensor) -> torch.Tensor:
-    """The whole tensor from the shards of the tensor-parallel ranks in order, by the rules of the matrices."""
+    """The whole tensor from the tensor-parallel ranks' shards in order, by the rules of the matrices."""
     if parts[0].shape == full.shape:
         for part in parts[1:]:
             torch.testing.assert_close(
