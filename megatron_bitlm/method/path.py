@@ -122,7 +122,7 @@ class TabulatedTime:
     def sample_log_snr(self, uniform: Tensor) -> Tensor:
         """Inverse CDF from u to lambda, float64, same shape (u = 0 is the smallest lambda)."""
         edges, mass, cumulative = (x.to(uniform.device) for x in (self.edges, self.mass, self.cumulative))
-        u = uniform.double()
+        u = uniform.double().contiguous()
         index = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, mass.numel() - 1)
         fraction = ((u - cumulative[index]) / mass[index].clamp(min=1e-300)).clamp(0, 1)
         return edges[index] + fraction * (edges[index + 1] - edges[index])
@@ -130,7 +130,7 @@ class TabulatedTime:
     def log_snr_density(self, lam: Tensor) -> Tensor:
         """Density over lambda (float64; zero outside the table)."""
         edges, mass = self.edges.to(lam.device), self.mass.to(lam.device)
-        index = (torch.searchsorted(edges, lam.double(), right=True) - 1).clamp(0, mass.numel() - 1)
+        index = (torch.searchsorted(edges, lam.double().contiguous(), right=True) - 1).clamp(0, mass.numel() - 1)
         inside = (lam >= edges[0]) & (lam <= edges[-1])
         return torch.where(inside, mass[index] / (edges[index + 1] - edges[index]), 0.0)
 

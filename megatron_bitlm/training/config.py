@@ -96,7 +96,11 @@ class RunConfig:
         self.optimizer.validate(self.training.num_steps)
         self.checkpoint.validate()
         self.validation.validate()
-        self.data.validate(self.model.block_size)
+        if self.data.sequence_length % self.model.block_size:
+            raise BitLMError(
+                f"data.sequence_length {self.data.sequence_length} is not divisible by model.block_size "
+                f"{self.model.block_size}"
+            )
 
     def num_micro_batches(self, data_parallel_size: int) -> int:
         """Micro-batches a rank accumulates in one step.

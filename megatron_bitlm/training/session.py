@@ -9,7 +9,8 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megatron_bitlm.data.card import Card, load_dataset_code, load_dataset_tokenizer, read_card
-from megatron_bitlm.data.packing import SampleLoader, build_datasets, fixed_batches
+from megatron_bitlm.data.loading import SampleLoader, fixed_batches
+from megatron_bitlm.data.packing import build_datasets
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_bitlm.data.packing import Batch
+from megatron_bitlm.data.loading import Batch
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.model.bitlm import BitFlips, Objective, ScoredBlocks
 from megatron_bitlm.model.layout import SequenceLayout

@@ -1,0 +1,122 @@
+"""The `bitlm` command. Each subcommand loads only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import megatron_bitlm.parallel  # noqa: F401 (quiets megatron-core's import notices before anything imports it)
+from megatron_bitlm import __version__
+from megatron_bitlm.errors import BitLMError
+
+Handler = Callable[[list[str]], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; bad input ends with one sentence on standard error and status 2."""
+    parser = _parser()
+    chosen = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        _COMMANDS[chosen.command][1](chosen.arguments)
+    except BitLMError as error:
+        print(f"bitlm {chosen.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"bitlm {chosen.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:12} {text}" for name, (text, _) in _COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="bitlm",
+        description="Language models with a bitwise diffusion head, on megatron-core.",
+        epilog=f"commands:\n{listing}\n\n`bitlm COMMAND --help` describes one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-bitlm {__version__}")
+    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    return parser
+
+
+def _preprocess(arguments: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from megatron_bitlm.data.preprocess import PreprocessConfig, preprocess
+
+    parser = ArgumentParser(prog="bitlm preprocess", description="Text to a dataset of packed binary codes.")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="JSONL files (plain, .gz, .zst), Parquet or text files, folders of these, or hub:NAME[:config][:split]",
+    )
+    parser.add_class_arguments(PreprocessConfig, None, skip={"input"})
+    values = vars(parser.parse_args(arguments))
+    preprocess(PreprocessConfig(**values))
+
+
+def _inspect(arguments: list[str]) -> None:
+    from megatron_bitlm.data.inspect import inspect_dataset
+
+    parser = argparse.ArgumentParser(prog="bitlm inspect", description="Card, statistics and documents of a dataset.")
+    parser.add_argument("prefix", help="dataset prefix, as given to `bitlm preprocess --output`")
+    parser.add_argument("--documents", type=int, default=3, help="documents to decode and print (default 3)")
+    parser.add_argument("--verify", action="store_true", help="compare the files with the card's checksums")
+    options = parser.parse_args(arguments)
+    inspect_dataset(options.prefix, num_documents=options.documents, verify=options.verify)
+
+
+def _pretrain(arguments: list[str]) -> None:
+    from megatron_bitlm.config import parse_run
+
+    config = parse_run(arguments)
+    from megatron_bitlm.training.trainer import pretrain
+
+    pretrain(config)
+
+
+def _generate(arguments: list[str]) -> None:
+    from megatron_bitlm.inference.command import run_generate
+
+    run_generate(arguments)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from megatron_bitlm.evaluation.likelihood import run_evaluate
+
+    run_evaluate(arguments)
+
+
+def _bench(arguments: list[str]) -> None:
+    from megatron_bitlm.benchmarks.attention import main as bench_attention
+
+    parser = argparse.ArgumentParser(prog="bitlm bench", description="Compare variants side by side in one process.")
+    parser.add_argument("what", choices=["attention"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args(arguments)
+    bench_attention(options.arguments)
+
+
+def _quickstart(arguments: list[str]) -> None:
+    from megatron_bitlm.quickstart import run_quickstart
+
+    run_quickstart(arguments)
+
+
+_COMMANDS: dict[str, tuple[str, Handler]] = {
+    "preprocess": ("text to a dataset of packed binary codes", _preprocess),
+    "inspect": ("show a dataset's card, statistics and documents", _inspect),
+    "pretrain": ("train a model, or resume a run", _pretrain),
+    "generate": ("continue prompts with a checkpoint", _generate),
+    "evaluate": ("likelihood bound of a checkpoint on a dataset", _evaluate),
+    "bench": ("compare the speed of variants", _bench),
+    "quickstart": ("everything once, at small size, on this machine's documentation", _quickstart),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
