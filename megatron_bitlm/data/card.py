@@ -1,5 +1,5 @@
-"""What a dataset is made of on disk: PREFIX.bin, PREFIX.idx, PREFIX.json (the card), PREFIX.tokenizer/ and, when the
-codes are permuted, PREFIX.code_map.npy.
+"""What a dataset is made of on disk: PREFIX.bin, PREFIX.idx, PREFIX.json (the card), PREFIX.tokenizer/ and,
+when the codes are permuted, PREFIX.code_map.npy.
 
 .bin and .idx are in Megatron's format (uint8, one sequence a document). The card says how to read them and is
 written last: where it exists, the dataset is complete.
@@ -126,7 +126,8 @@ def read_card(prefix: str | Path) -> Card:
     card = Card(**content)
     if card.vocab_size < 2 or card.num_bits != (card.vocab_size - 1).bit_length() or card.block_bits < 8:
         raise BitLMError(
-            f"{path}: vocab_size {card.vocab_size}, num_bits {card.num_bits} and block_size {card.block_size} disagree"
+            f"{path}: vocab_size {card.vocab_size}, num_bits {card.num_bits} and block_size "
+            f"{card.block_size} do not fit together"
         )
     return card
 

@@ -1,7 +1,7 @@
 """Documents as whole blocks, and blocks as bytes.
 
-A document of n tokens becomes m BOS, its tokens, then EOS until the length is a multiple of m, at least one. It is
-stored as one run of bits, most significant first, zero padded to a byte.
+A document of n tokens becomes m BOS, its tokens, then EOS until the length is a multiple of m, at least one.
+It is stored as one run of bits, most significant first, zero padded to a byte.
 
 Legend: T tokens of all documents, D documents, N blocks, M slots (m, the block size).
 """

@@ -93,7 +93,8 @@ def open_dataset(
     """Opens a dataset and checks that it is what the caller works with; None accepts anything.
 
     Raises:
-        BitLMError: broken files, or a dataset made with another block size, code map, tokenizer or vocabulary.
+        BitLMError: broken files, or a dataset made with another block size, code map, tokenizer or
+            vocabulary.
     """
     dataset = CodeDataset(str(prefix))
     expected = {
@@ -106,7 +107,7 @@ def open_dataset(
         found = getattr(dataset.card, name)
         if wanted is not None and found != wanted:
             raise BitLMError(
-                f"dataset {prefix}: its {name} is {found}, expected {wanted}; preprocess the text again with that "
-                "setting, or use a matching model"
+                f"dataset {prefix}: its {name} is {found}, expected {wanted}; preprocess the text again "
+                "with that setting, or use a matching model"
             )
     return dataset

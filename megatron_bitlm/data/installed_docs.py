@@ -1,7 +1,7 @@
 """The documentation that comes with Python: docstrings of the standard library and of installed packages.
 
-Sources are parsed, never imported. The order depends only on module paths and text, not on the file system or on
-where things are installed, and looks random by module, so that a contiguous split is a split by module.
+Sources are parsed, never imported. The order depends only on module paths and text, not on the file system or
+on where things are installed, and looks random by module, so that a contiguous split is a split by module.
 """
 
 from __future__ import annotations

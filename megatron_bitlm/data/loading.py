@@ -1,8 +1,8 @@
 """Micro-batches in an order that depends on the sample counter alone.
 
-Sample g of a run is item g of the training dataset and the key of its noise. A micro-batch step over R data-parallel
-ranks takes the next R * b samples, rank r the r-th run of b of them, so any layout consumes the same samples in the
-same steps, and a run goes on from ``consumed_samples`` as if it had never stopped.
+Sample g of a run is item g of the training dataset and the key of its noise. A micro-batch step over R
+data-parallel ranks takes the next R * b samples, rank r the r-th run of b of them, so any layout consumes the
+same samples in the same steps, and a run goes on from ``consumed_samples`` as if it had never stopped.
 
 Legend: B rows of a micro-batch, N input blocks of a sample, S tokens of a sample.
 """
@@ -28,7 +28,8 @@ class Batch:
     Attributes:
         packed: uint8 [B, N + 1, ceil(m*K/8)], packed codes, each block on bytes of its own.
         sample_index: int64 [B], the samples' places in the run.
-        cu_seqlens: int32 [documents + 1], token offsets of documents in the B * S tokens, every row boundary included.
+        cu_seqlens: int32 [documents + 1], token offsets of documents in the B * S tokens, every row boundary
+            included.
         max_seqlen: tokens of the longest document piece.
     """
 
@@ -150,8 +151,8 @@ def fixed_batches(
     share = micro_batch_size * data_parallel_size
     if num_samples > len(dataset) or num_samples % share:
         raise BitLMError(
-            f"{num_samples} validation samples were asked for: there are {len(dataset)}, and the number must be a "
-            f"multiple of micro_batch_size x data-parallel ranks = {share}"
+            f"{num_samples} validation samples were asked for: there are {len(dataset)}, and the number must "
+            f"be a multiple of micro_batch_size x data-parallel ranks = {share}"
         )
     return iter(
         SampleLoader(

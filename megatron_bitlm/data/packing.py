@@ -1,7 +1,8 @@
 """Documents packed back to back into samples of N + 1 blocks, through Megatron's dataset builder.
 
-To Megatron one block is one "token": a sample is ``sequence_length / m`` input blocks plus one, so that targets are
-the inputs shifted by one block, and the last block of a sample is the first of the next one in the packed stream.
+To Megatron one block is one "token": a sample is ``sequence_length / m`` input blocks plus one, so that
+targets are the inputs shifted by one block, and the last block of a sample is the first of the next one in
+the packed stream.
 
 Legend: N input blocks of a sample, D documents.
 """
@@ -9,6 +10,7 @@ Legend: N input blocks of a sample, D documents.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
@@ -101,7 +103,8 @@ class DataConfig:
 
 @dataclass
 class _SampleConfig(GPTDatasetConfig):
-    """Megatron's configuration plus what identifies the data, so that an index is never used for other data."""
+    """Megatron's configuration plus what identifies the data, so that an index is never used for other
+    data."""
 
     dataset_fingerprints: list[str] = field(default_factory=list)
     block_size: int = 0
@@ -135,8 +138,8 @@ class PackedSamples(GPTDataset):
 
         Returns:
             ``packed``: uint8 [N + 1, ceil(m*B/8)], each block on its own bytes.
-            ``document_starts``: int32 [pieces], blocks in [0, N) where a document, or the sample's first piece,
-            starts; the first is 0, and the only one if documents are not isolated.
+            ``document_starts``: int32 [pieces], blocks in [0, N) where a document, or the sample's first
+            piece, starts; the first is 0, and the only one if documents are not isolated.
         """
         shuffled = int(self.shuffle_index[idx])
         first, offset = (int(value) for value in self.sample_index[shuffled])
@@ -196,25 +199,26 @@ def build_datasets(
 ) -> tuple[Any, Any]:
     """Training and validation samples, blended by weight and split by document.
 
-    Every rank must call it when torch.distributed is initialised (ranks wait for rank 0). The order of training
-    samples depends on ``seed``, the data and ``num_train_samples`` (Megatron shuffles all epochs together); that of
-    validation samples on the data alone.
+    Every rank must call it when torch.distributed is initialised (ranks wait for rank 0). The order of
+    training samples depends on ``seed``, the data and ``num_train_samples`` (Megatron shuffles all epochs
+    together); that of validation samples on the data alone.
 
     Args:
         block_size: m of the model.
         num_train_samples: samples of the whole run; documents repeat in new orders as often as that needs.
-        num_valid_samples: samples to validate on, None for all, 0 for none; never more than one pass holds.
+        num_valid_samples: samples to validate on, None for all, 0 for none; at most what one pass over the
+            validation documents holds.
         seed: decides the training order.
         vocab_size: V of the model, None to accept the data's; likewise the next two.
         is_built_on_rank: whether this rank needs samples.
 
     Returns:
-        Two map-style datasets (see ``PackedSamples.__getitem__``), the second None when ``num_valid_samples`` is 0
-        or the split leaves no share for validation.
+        Two map-style datasets (see ``PackedSamples.__getitem__``), the second None when ``num_valid_samples``
+        is 0 or the split leaves no share for validation.
 
     Raises:
-        BitLMError: missing or broken files, datasets that disagree with each other or the model, a sequence length
-            that is not a multiple of m, or too few documents for a sample.
+        BitLMError: missing or broken files, datasets that disagree with each other or the model, a sequence
+            length that is not a multiple of m, or too few documents for a sample.
     """
     if not config.paths:
         raise BitLMError("paths is empty: name the prefix of at least one dataset made by `bitlm preprocess`")
@@ -232,31 +236,18 @@ def build_datasets(
     }
     datasets = [open_dataset(path, block_size=block_size, **expected) for path in config.paths]  # type: ignore[arg-type]
     _check_agreement(config.paths, [dataset.card for dataset in datasets])
+    pairs = list(zip(config.paths, datasets, strict=True))
     train_share, valid_share = config.split_fractions()
-    train_parts = [_Part(path, dataset, 0.0, train_share) for path, dataset in _pairs(config, datasets)]
+    train_parts = [_Part(path, dataset, 0.0, train_share) for path, dataset in pairs]
     for part in train_parts:
         part.check("training", min_num_blocks=1)
     weights = config.weights or [float(part.num_blocks) for part in train_parts]
-
-    def build(which: Split, parts: list[_Part], size: int | None, split_seed: int) -> Any:
-        blend = None if len(parts) == 1 or size is None else weights
-        sample_config = _sample_config(config, block_size, datasets, parts, blend, size, split_seed)
-        sample_config.split_matrix = [
-            (parts[0].begin, parts[0].end) if split is which else None for split in Split
-        ]
-        sizes = [size if split is which else (None if blend is None else 0) for split in Split]
-        with _quiet_megatron():
-            return BlendedMegatronDatasetBuilder(
-                PackedSamples, sizes, is_built_on_rank, sample_config
-            ).build()[which.value]
-
+    build = functools.partial(_build_split, config, block_size, weights, is_built_on_rank)
     train = build(Split.train, train_parts, num_train_samples, seed)
     if num_valid_samples == 0 or valid_share == 0:
         return train, None
-    valid_parts = [
-        _Part(path, dataset, train_share, train_share + valid_share)
-        for path, dataset in _pairs(config, datasets)
-    ]
+    bounds = (train_share, train_share + valid_share)
+    valid_parts = [_Part(path, dataset, *bounds) for path, dataset in pairs]
     num_blocks = config.sequence_length // block_size
     for part in valid_parts:
         part.check("validation", min_num_blocks=num_blocks + 1)
@@ -291,13 +282,9 @@ class _Part:
         if self.num_blocks < min_num_blocks:
             raise BitLMError(
                 f"the {split} split of {self.path} is too small: {self.num_documents} of its "
-                f"{len(self.dataset)} documents with {self.num_blocks} blocks, {min_num_blocks} are needed; change "
-                "`split` or `sequence_length`, or add documents"
+                f"{len(self.dataset)} documents with {self.num_blocks} blocks, {min_num_blocks} are needed; "
+                "change `split` or `sequence_length`, or add documents"
             )
-
-
-def _pairs(config: DataConfig, datasets: list[CodeDataset]) -> list[tuple[str, CodeDataset]]:
-    return list(zip(config.paths, datasets, strict=True))
 
 
 def _check_agreement(paths: list[str], cards: list[Card]) -> None:
@@ -305,25 +292,27 @@ def _check_agreement(paths: list[str], cards: list[Card]) -> None:
         for path, card in zip(paths, cards, strict=True):
             if getattr(card, name) != getattr(cards[0], name):
                 raise BitLMError(
-                    f"datasets {paths[0]} and {path} cannot be blended: {name} is {getattr(cards[0], name)} in the "
-                    f"first and {getattr(card, name)} in the second"
+                    f"datasets {paths[0]} and {path} cannot be blended: {name} is {getattr(cards[0], name)} "
+                    f"in the first and {getattr(card, name)} in the second"
                 )
 
 
-def _sample_config(
+def _build_split(
     config: DataConfig,
     block_size: int,
-    datasets: list[CodeDataset],
+    weights: list[float],
+    is_built_on_rank: Callable[[], bool],
+    which: Split,
     parts: list[_Part],
-    weights: list[float] | None,
     size: int | None,
     seed: int,
-) -> _SampleConfig:
-    share = None if weights is None else [weight / sum(weights) for weight in weights]
-    return _SampleConfig(
+) -> Any:
+    """One split through Megatron's builder; ``size`` None takes every sample of one pass, unweighted."""
+    shares = None if len(parts) == 1 or size is None else [weight / sum(weights) for weight in weights]
+    sample_config = _SampleConfig(
         random_seed=seed,
         sequence_length=config.sequence_length // block_size,
-        blend=(config.paths, share),
+        blend=(config.paths, shares),
         split=config.split,
         path_to_cache="",  # not None: Megatron would write beside the data; the index cache is our own
         tokenizer=_NoTokenizer(),
@@ -331,19 +320,26 @@ def _sample_config(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        mid_level_dataset_surplus=0.0 if share is None else _surplus(share, size or 0),
-        dataset_fingerprints=[dataset.card.bin_sha256 for dataset in datasets],
+        mid_level_dataset_surplus=0.0 if shares is None else _surplus(shares, size or 0),
+        dataset_fingerprints=[part.dataset.card.bin_sha256 for part in parts],
         block_size=block_size,
         isolate_documents=config.isolate_documents,
         index_cache_dir=config.cache_dir,
     )
+    sample_config.split_matrix = [
+        (parts[0].begin, parts[0].end) if split is which else None for split in Split
+    ]
+    sizes = [size if split is which else (None if shares is None else 0) for split in Split]
+    with _quiet_megatron():
+        builder = BlendedMegatronDatasetBuilder(PackedSamples, sizes, is_built_on_rank, sample_config)
+        return builder.build()[which.value]
 
 
 def _surplus(shares: list[float], size: int) -> float:
     """Relative margin of samples per dataset that the blend can never exceed.
 
-    Megatron rounds each dataset's samples up, so the blend holds up to one more per dataset, and its greedy order
-    gives a dataset at most one sample beyond its share.
+    Megatron rounds each dataset's samples up, so the blend holds up to one more per dataset, and its greedy
+    order gives a dataset at most one sample beyond its share.
     """
     return max((share * len(shares) + 2) / max(ceil(share * size), 1) for share in shares)
 
@@ -367,8 +363,8 @@ def _within_one_pass(num_samples: int, weights: list[float], parts: list[_Part],
         low, high = (middle, high) if fits(middle) else (low, middle)
     if low == 0:
         raise BitLMError(
-            f"the validation splits of {', '.join(part.path for part in parts)} hold {available} samples, too few to "
-            "blend by weight; change `split`, or add documents"
+            f"the validation splits of {', '.join(part.path for part in parts)} hold {available} samples, "
+            "too few to blend by weight; change `split`, or add documents"
         )
     return low
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_bitlm import __version__
 from megatron_bitlm.data.card import VERSION, Card, dataset_path, index_content, read_card
-from megatron_bitlm.data.corpus import Unit
+from megatron_bitlm.data.corpus_units import Unit
 from megatron_bitlm.data.files import sha256_file, write_atomic
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
@@ -279,8 +279,8 @@ class PartialDataset:
         for name in wanted:
             if found.get(name) != wanted[name]:
                 raise BitLMError(
-                    f"{self._folder}: an unfinished run has {name} = {found.get(name)!r}, now it is {wanted[name]!r}; "
-                    "use its settings to continue, or delete this folder to start anew"
+                    f"{self._folder}: an unfinished run has {name} = {found.get(name)!r}, now it is "
+                    f"{wanted[name]!r}; use its settings to continue, or delete this folder to start anew"
                 )
 
     def _read_journal(self) -> None:

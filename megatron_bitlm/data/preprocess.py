@@ -1,8 +1,8 @@
 """Text to a dataset of packed binary codes: parallel, deterministic, resumable.
 
-Workers encode units of the corpus; this process appends their bytes in corpus order to files in PREFIX.partial and
-keeps a journal of what is safely there. A killed run is continued by starting it again; PREFIX.* files appear by
-renaming once everything is complete.
+Workers encode units of the corpus; this process appends their bytes in corpus order to files in
+PREFIX.partial and keeps a journal of what is safely there. A killed run is continued by starting it again;
+PREFIX.* files appear by renaming once everything is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from megatron_bitlm.data.card import Card, load_code
-from megatron_bitlm.data.corpus import UNIT_NUM_BYTES, Corpus, Unit, open_corpus
+from megatron_bitlm.data.corpus import Corpus, open_corpus
+from megatron_bitlm.data.corpus_units import UNIT_NUM_BYTES, Unit
 from megatron_bitlm.data.framing import check_block_bits, document_num_bytes, frame_documents, pack_documents
 from megatron_bitlm.data.partial import EncodedUnit, PartialDataset
 from megatron_bitlm.data.progress import CorpusProgress
@@ -38,12 +39,15 @@ class PreprocessConfig:
     """What to turn into a dataset, and how."""
 
     output: str
-    """Prefix of the files to write: OUTPUT.bin, OUTPUT.idx, OUTPUT.json, OUTPUT.tokenizer/. Never overwritten."""
+    """Prefix of the files to write: OUTPUT.bin, OUTPUT.idx, OUTPUT.json, OUTPUT.tokenizer/. Never
+    overwritten."""
     tokenizer: str
-    """`bytes`, a tokenizer.json, a Hugging Face folder or hub name, a SentencePiece .model, a .tiktoken ranks file,
-    a tokenizer saved with a dataset, or `train:bpe:SIZE` to train one on the corpus (SIZE includes BOS and EOS)."""
+    """`bytes`, a tokenizer.json, a Hugging Face folder or hub name, a SentencePiece .model, a .tiktoken ranks
+    file, a tokenizer saved with a dataset, or `train:bpe:SIZE` to train one on the corpus (SIZE includes BOS
+    and EOS)."""
     input: list[str] = field(default_factory=list)
-    """JSONL files (plain, .gz, .zst), Parquet files, text files, folders of these, or hub:NAME[:config][:split]."""
+    """JSONL files (plain, .gz, .zst), Parquet files, text files, folders of these, or
+    hub:NAME[:config][:split]."""
     corpus: str | None = None
     """`installed-docs`: the documentation of the installed Python packages, in place of `input`."""
     block_size: int = 4
@@ -61,7 +65,8 @@ class PreprocessConfig:
     eos_token: str | None = None
     """Token to use as EOS (Hugging Face, SentencePiece); `add:TOKEN` adds one (Hugging Face)."""
     pattern: str | None = None
-    """Split pattern of a .tiktoken file whose number of ranks is not known: qwen, cl100k, o200k, gpt2 or a regex."""
+    """Split pattern of a .tiktoken file whose number of ranks is not known: qwen, cl100k, o200k, gpt2 or a
+    regex."""
     tokenizer_train_bytes: int = 268_435_456
     """UTF-8 bytes from the start of the corpus that `train:bpe` trains on."""
     max_documents: int | None = None
@@ -86,11 +91,12 @@ class PreprocessConfig:
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes the output, beside the content of the input."""
-        names = "block_size tokenizer text_key paragraphs code_map bos_token eos_token pattern max_documents corpus"
-        chosen: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        names = ["corpus", "input", "text_key", "paragraphs", "max_documents", "block_size", "code_map"]
+        names += ["tokenizer", "bos_token", "eos_token", "pattern"]
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.tokenizer.startswith(_TRAIN_BPE):
             chosen["tokenizer_train_bytes"] = self.tokenizer_train_bytes
-        return {**chosen, "input": list(self.input), "unit_num_bytes": UNIT_NUM_BYTES}
+        return {**chosen, "unit_num_bytes": UNIT_NUM_BYTES}
 
 
 def preprocess(config: PreprocessConfig) -> Card:
@@ -100,8 +106,8 @@ def preprocess(config: PreprocessConfig) -> Card:
         The card that was written.
 
     Raises:
-        BitLMError: output that exists, empty or broken input, a tokenizer or code map of no use, or an unfinished
-            run with other settings or input.
+        BitLMError: output that exists, empty or broken input, a tokenizer or code map of no use, or an
+            unfinished run with other settings or input.
     """
     num_workers = config.num_workers or num_usable_cores()
     with PartialDataset(config.output, config.settings()) as partial:
@@ -136,7 +142,8 @@ def preprocess(config: PreprocessConfig) -> Card:
 
 @dataclass(frozen=True)
 class _Encoding:
-    """What a worker needs to load once; the hashes keep one preprocess call's objects from serving another's."""
+    """What a worker needs to load once; the hashes keep one preprocess call's objects from serving
+    another's."""
 
     tokenizer_folder: str
     tokenizer_fingerprint: str

@@ -1,7 +1,7 @@
 """Tokenizers behind one small interface: text to ids and back, exactly.
 
-Text never yields the ids of BOS and EOS: whatever spells them in a document is encoded as plain text, so the ids
-mark document boundaries and nothing else. The kinds other than ``bytes`` live in ``tokenizer_backends``.
+Text never yields the ids of BOS and EOS: whatever spells them in a document is encoded as plain text, so the
+ids mark document boundaries and nothing else. The kinds other than ``bytes`` live in ``tokenizer_backends``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _content(self) -> dict[str, bytes]:
-        """Files that define the tokenizer, by name; they are what ``save`` writes and ``fingerprint`` covers."""
+        """Files that define the tokenizer, by name; they are what ``save`` writes and ``fingerprint``
+        covers."""
 
     def _options(self) -> dict[str, Any]:
         """Settings that ``load_tokenizer`` needs beside the files."""
@@ -147,8 +148,9 @@ def load_tokenizer(
     """Tokenizer from a short name, a file, a folder or a hub name.
 
     Args:
-        spec: ``bytes``; a ``tokenizer.json``; a SentencePiece ``*.model``; a ``*.tiktoken`` ranks file; a folder
-            written by ``Tokenizer.save`` or by ``transformers``; or the name of a model on the Hugging Face hub.
+        spec: ``bytes``; a ``tokenizer.json``; a SentencePiece ``*.model``; a ``*.tiktoken`` ranks file; a
+            folder written by ``Tokenizer.save`` or by ``transformers``; or the name of a model on the Hugging
+            Face hub.
         bos_token: token to use as BOS instead of the one found (Hugging Face and SentencePiece);
             ``add:TOKEN`` adds it to the vocabulary under a new id (Hugging Face).
         eos_token: the same for EOS.

@@ -62,8 +62,8 @@ class TiktokenTokenizer(Tokenizer):
             if len(ranks) not in _PATTERN_OF_NUM_RANKS:
                 known = ", ".join(f"{n} ({key})" for n, key in _PATTERN_OF_NUM_RANKS.items())
                 raise BitLMError(
-                    f"tokenizer {name}: {len(ranks)} ranks is none of the known sets {known}; set `pattern` to "
-                    "qwen, cl100k, o200k, gpt2 or a regular expression"
+                    f"tokenizer {name}: {len(ranks)} ranks is none of the known sets {known}; set `pattern` "
+                    "to qwen, cl100k, o200k, gpt2 or a regular expression"
                 )
             pattern = _PATTERN_OF_NUM_RANKS[len(ranks)]
         self._pattern = _SPLIT_PATTERNS.get(pattern, pattern)
@@ -167,8 +167,8 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the ``tokenizers`` library.
 
-    Special tokens in text are encoded as plain text. A normaliser in the file (Qwen's own has NFC) acts on text
-    before it is encoded, and decoding then returns the normalised text.
+    Special tokens in text are encoded as plain text. A normaliser in the file (Qwen's own has NFC) acts on
+    text before it is encoded, and decoding then returns the normalised text.
 
     Raises:
         BitLMError: the file cannot be read, or BOS and EOS are the same id.
@@ -232,7 +232,8 @@ def huggingface_from_files(
 
 
 def huggingface_from_name(name: str, *, bos_token: str | None, eos_token: str | None) -> HuggingFaceTokenizer:
-    """Tokenizer of a ``transformers`` folder without tokenizer.json, or of a hub name; never runs remote code.
+    """Tokenizer of a ``transformers`` folder without tokenizer.json, or of a hub name; never runs remote
+    code.
 
     Raises:
         BitLMError: not found, not reachable, or BOS/EOS that cannot be told.
@@ -325,8 +326,8 @@ def _find_special(
         if candidate is not None and candidate in vocab and vocab[candidate] != taken:
             return vocab[candidate]
     raise BitLMError(
-        f"tokenizer {name}: no token to serve as {option.removesuffix('_token').upper()}; name one with `{option}`, "
-        f"or let `{option}=add:TOKEN` add one"
+        f"tokenizer {name}: no token to serve as {option.removesuffix('_token').upper()}; name one with "
+        f"`{option}`, or let `{option}=add:TOKEN` add one"
     )
 
 
