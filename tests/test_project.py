@@ -1,6 +1,8 @@
 """The house rules that no linter checks: who may import what, file sizes, and documents that stay true."""
 
 import ast
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -130,16 +132,13 @@ def code_blocks(text: str) -> str:
 
 @cache
 def command_help(*arguments: str) -> str:
-    code = "import sys; from megatron_bitlm.cli import main; sys.exit(main())"
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--help"],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, f"bitlm {' '.join(arguments)} --help failed: {result.stderr}"
-    return result.stdout
+    from megatron_bitlm.cli import main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert not stop.value.code, f"bitlm {' '.join(arguments)} --help failed"
+    return output.getvalue()
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
