@@ -11,8 +11,9 @@ dS = P (dout V^T - D). So the stock causal backward is handed the merged pair (w
 the gradients are wrong) and the later pairs of each block are added to what it returns.
 
 Inside a block the products of all query heads with all key heads are formed in one small matrix product per
-block, [m*H, d] x [d, m*Hk], of which the matching heads are a diagonal view: no transposed copies, and the
-superfluous products cost less than the copies would.
+block, [m*H, d] x [d, m*Hk], of which the matching heads are a diagonal view: no transposed copies, and with
+few key heads the superfluous products cost less than the copies would. With many, on CPU, each key head and
+its query heads first become a row of the batch of their own.
 
 Legend: B batch, S sequence, T = B*S tokens, N blocks, M slots of a block, H query heads, P key heads (Hk),
 G query heads per key head (H = P*G), D head dim.
@@ -28,6 +29,8 @@ from megatron_bitlm.method.attention_layout import BlockCausalLayout, DocumentGr
 
 _aten = torch.ops.aten
 _MAX_CUDA_HEAD_DIM = 256
+# From this m * Hk on, copying heads apart is cheaper on CPU than the products of heads that do not match.
+_CPU_KEYS_WORTH_SPLITTING = 64
 
 
 def flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -52,9 +55,26 @@ def flash_block_causal_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
 ) -> Tensor:
     """q [B, S, H, D], k/v [B, S, P, D] -> [B, S, H, D]; keeps q, k, v, out and lse, as plain flash does."""
+    num_kv_heads = k.shape[2]
+    split = not q.is_cuda and layout.block_size > 1 and num_kv_heads > 1
+    split = split and layout.block_size * num_kv_heads >= _CPU_KEYS_WORTH_SPLITTING
+    if split:
+        q, k, v = (_split_heads(x, num_kv_heads) for x in (q, k, v))
+        layout = layout.repeat_rows(num_kv_heads)
     # Autocast would send the float32 products below back to half precision.
     with torch.autocast(q.device.type, enabled=False):
-        return _FlashBlockCausal.apply(q.contiguous(), k.contiguous(), v.contiguous(), layout, scale)
+        out = _FlashBlockCausal.apply(q.contiguous(), k.contiguous(), v.contiguous(), layout, scale)
+    return _join_heads(out, num_kv_heads) if split else out
+
+
+def _split_heads(x: Tensor, num_kv_heads: int) -> Tensor:
+    """[B, S, P * heads, D] -> [B * P, S, heads, D]."""
+    return x.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _join_heads(x: Tensor, num_kv_heads: int) -> Tensor:
+    """Inverse of ``_split_heads``: [B * P, S, heads, D] -> [B, S, P * heads, D]."""
+    return x.unflatten(0, (-1, num_kv_heads)).transpose(1, 2).flatten(2, 3)
 
 
 class _FlashBlockCausal(torch.autograd.Function):

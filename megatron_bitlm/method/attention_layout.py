@@ -54,7 +54,7 @@ class BlockCausalLayout:
         batch_size: int,
         seq_len: int,
         block_size: int,
-        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cu_seqlens: Tensor | Sequence[int] | np.ndarray | None = None,
     ) -> BlockCausalLayout:
         """Checks the offsets and groups the documents by length.
 
@@ -94,6 +94,19 @@ class BlockCausalLayout:
         """Whether all documents have one length, so the batch is already a batch of documents."""
         return len(self.groups) == 1
 
+    def repeat_rows(self, times: int) -> BlockCausalLayout:
+        """The layout of the batch with every row ``times`` times in succession; kept after first use."""
+
+        def make() -> BlockCausalLayout:
+            starts, copies = np.asarray(self.cu_seqlens[:-1]), np.arange(times)
+            row, within = np.divmod(starts, self.seq_len)
+            repeated = (row[:, None] * times + copies) * self.seq_len + within[:, None]
+            end = self.batch_size * times * self.seq_len
+            offsets = np.append(np.sort(repeated, axis=None), end)
+            return self.build(self.batch_size * times, self.seq_len, self.block_size, offsets)
+
+        return self.keep(f"{times} times", torch.device("cpu"), make)
+
     def keep(self, name: str, device: torch.device, make: Callable[[], _T]) -> _T:
         """``make()`` the first time, the same object afterwards (one per name and device)."""
         if (name, device) not in self._kept:
@@ -118,7 +131,7 @@ class BlockCausalLayout:
 
 
 def _checked_offsets(
-    cu_seqlens: Tensor | Sequence[int], batch_size: int, seq_len: int, block_size: int
+    cu_seqlens: Tensor | Sequence[int] | np.ndarray, batch_size: int, seq_len: int, block_size: int
 ) -> np.ndarray:
     values = cu_seqlens.detach().cpu().numpy() if isinstance(cu_seqlens, Tensor) else np.asarray(cu_seqlens)
     if values.ndim != 1 or values.size < 2 or values.dtype.kind not in "iu":

@@ -99,6 +99,20 @@ def test_flash_equals_reference_on_a_long_packed_batch(head_dim, heads, block_si
     )
 
 
+@pytest.mark.parametrize("heads", [(16, 16), (16, 8)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_many_key_heads_become_rows(heads, documents):
+    cu_seqlens = _some_documents(3, 64, 8) if documents else None
+    assert max(_max_errors(*_inputs(3, 64, *heads, 16), 8, cu_seqlens, "flash")) <= 1e-12
+
+
+def test_repeated_rows_of_a_layout():
+    layout = BlockCausalLayout.build(2, 8, 2, [0, 2, 8, 12, 16])
+    repeated = layout.repeat_rows(2)
+    assert repeated.cu_seqlens == (0, 2, 8, 10, 16, 20, 24, 28, 32) and repeated.batch_size == 4
+    assert layout.repeat_rows(2) is repeated
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_dense_equals_reference(block_size, documents):
