@@ -233,9 +233,8 @@ class _CachedBackbone:
         return self._states(ids, layout)
 
     def _whole(self) -> Tensor:
-        num_rows, length = self.ids.shape
-        layout = SequenceLayout.whole_rows(
-            num_rows, length, self.rows.block_size, device=self.ids.device, kv_cache=self.cache
+        layout = SequenceLayout.prompt(
+            self.cache, self.ids.shape[1], self.rows.block_size, device=self.ids.device
         )
         return self._states(self.ids, layout)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.data.files import write_atomic
+from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.training.config import RunConfig, flat_settings, is_free
 
 

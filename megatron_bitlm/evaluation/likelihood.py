@@ -1,0 +1,173 @@
+"""`bitlm evaluate likelihood`: the bound of a checkpoint on a dataset's validation split, beside counted baselines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from megatron_bitlm.data.card import load_dataset_code, read_card
+from megatron_bitlm.data.indexed import CodeDataset, open_dataset
+from megatron_bitlm.data.loading import fixed_batches
+from megatron_bitlm.data.packing import DataConfig, build_datasets
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.evaluation.baselines import BaselineResult, measure_baselines
+from megatron_bitlm.inference.load import LoadedModel, loaded_model
+from megatron_bitlm.training.likelihood import LikelihoodReport, LikelihoodScorer
+from megatron_bitlm.training.step import Inputs, PipelineRunner, to_device
+
+_BOUND_SEED = 0x5EED
+_DOCUMENTS_AT_ONCE = 4096
+
+
+def checkpoint_likelihood(
+    loaded: LoadedModel, data: DataConfig, *, num_samples: int | None, micro_batch_size: int, num_repeats: int = 1
+) -> LikelihoodReport:
+    """The likelihood bound on samples of the validation split.
+
+    Args:
+        loaded: From `loaded_model`.
+        data: Datasets and split; their code and tokenizer must be the checkpoint's.
+        num_samples: Samples to score; None for all that fill whole micro-batches.
+        micro_batch_size: Samples of a forward pass.
+        num_repeats: Independent noise draws a block.
+
+    Raises:
+        BitLMError: Data of another code, tokenizer or block size, or fewer samples than asked for.
+    """
+    _, valid = build_datasets(
+        data,
+        block_size=loaded.config.block_size,
+        num_train_samples=1,
+        num_valid_samples=num_samples,
+        seed=0,
+        vocab_size=loaded.code.vocab_size,
+        code_map_hash=loaded.code.code_map_hash,
+        tokenizer_fingerprint=loaded.tokenizer.fingerprint,
+    )
+    if valid is None or len(valid) == 0:
+        raise BitLMError(f"data.split {data.split!r} leaves no validation samples")
+    micro_batch_size = min(micro_batch_size, len(valid))
+    count = min(num_samples or len(valid), len(valid)) // micro_batch_size * micro_batch_size
+    device, block_size = loaded.state.device, loaded.config.block_size
+
+    def batches() -> Iterator[Inputs]:
+        for batch in fixed_batches(valid, count, micro_batch_size=micro_batch_size):
+            yield to_device(batch, device, block_size)
+
+    scorer = LikelihoodScorer(
+        PipelineRunner([loaded.model], micro_batch_size, data.sequence_length),
+        code=loaded.code,
+        token_num_bytes=loaded.tokenizer.token_num_bytes(),
+        block_size=block_size,
+        seed=_BOUND_SEED,
+        sequence_parallel=False,
+        device=device,
+    )
+    return scorer(lambda: list(batches()), count, data.sequence_length // block_size, num_repeats)
+
+
+def split_baselines(data: DataConfig, token_num_bytes: np.ndarray) -> dict[str, BaselineResult]:
+    """Unigram and bigram counted on the training documents and measured on the validation documents of one dataset.
+
+    Raises:
+        BitLMError: More than one dataset, or a side without text.
+    """
+    if len(data.paths) != 1:
+        raise BitLMError(f"baselines are counted on one dataset, data.paths names {len(data.paths)}")
+    prefix = data.paths[0]
+    card, dataset = read_card(prefix), open_dataset(prefix)
+    train_share, valid_share = data.split_fractions()
+    num_documents = len(dataset)
+    first, last = round(train_share * num_documents), round((train_share + valid_share) * num_documents)
+    return measure_baselines(
+        document_ids(prefix, dataset, 0, first),
+        document_ids(prefix, dataset, first, last),
+        vocab_size=card.vocab_size,
+        bos_id=card.bos_id,
+        eos_id=card.eos_id,
+        token_num_bytes=token_num_bytes,
+    )
+
+
+def document_ids(prefix: str, dataset: CodeDataset, begin: int, end: int) -> Iterator[np.ndarray]:
+    """Framed token ids of documents begin .. end - 1, int64, many documents an array."""
+    code, block_size = load_dataset_code(prefix), dataset.card.block_size
+    for start in range(begin, end, _DOCUMENTS_AT_ONCE):
+        stop = min(start + _DOCUMENTS_AT_ONCE, end)
+        blocks = np.concatenate([dataset.get(index) for index in range(start, stop)])
+        yield code.unpack(blocks, block_size).reshape(-1)
+
+
+def run_evaluate(arguments: list[str]) -> None:
+    """Parse arguments and print the figures."""
+    options = _parser().parse_args(arguments)
+    with loaded_model(options.checkpoint) as loaded:
+        settings = loaded.settings
+        data = DataConfig(
+            paths=options.data or settings["data.paths"],
+            sequence_length=options.sequence_length or settings["data.sequence_length"],
+            split=options.split or settings["data.split"],
+            isolate_documents=settings["data.isolate_documents"],
+        )
+        report = checkpoint_likelihood(
+            loaded,
+            data,
+            num_samples=options.num_samples,
+            micro_batch_size=options.micro_batch_size,
+            num_repeats=options.num_repeats,
+        )
+        figures = likelihood_figures(report)
+        if options.baselines:
+            found = split_baselines(data, loaded.tokenizer.token_num_bytes())
+            figures |= {name: asdict(result) for name, result in found.items()}
+        print(json.dumps(figures, indent=1) if options.json else describe(figures))
+
+
+def likelihood_figures(report: LikelihoodReport) -> dict[str, Any]:
+    """The report as JSON data."""
+    return {
+        "bound": {
+            "nats_per_token": report.estimate.nats_per_token,
+            "standard_error": report.estimate.standard_error,
+            "perplexity": report.estimate.perplexity,
+            "bits_per_byte": report.bits_per_byte,
+            "num_tokens": report.estimate.num_tokens,
+            "num_bytes": report.num_bytes,
+            "num_samples": report.estimate.num_samples,
+        }
+    }
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """A small table; the model's line is an upper bound and says so."""
+    bound = figures["bound"]
+    lines = [
+        f"{'':10} {'nats/token':>16} {'bits/byte':>10}",
+        f"{'BitLM':10} <= {bound['nats_per_token']:.4f} +- {bound['standard_error']:.4f} <= {bound['bits_per_byte']:.4f}"
+        f"   perplexity <= {bound['perplexity']:.2f}, {bound['num_tokens']:,} tokens",
+    ]
+    for name in ("bigram", "unigram"):
+        if name in figures:
+            result = figures[name]
+            lines.append(f"{name:10} {result['nats_per_token']:16.4f} {result['bits_per_byte']:10.4f}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bitlm evaluate", description="Measure a checkpoint.")
+    parser.add_argument("what", choices=["likelihood"], help="upper bound on the negative log-likelihood")
+    parser.add_argument("--checkpoint", required=True, help="run folder, or one of its checkpoints/step_* folders")
+    parser.add_argument("--data", nargs="+", help="dataset prefixes (default: the run's)")
+    parser.add_argument("--split", help="shares of documents, as data.split (default: the run's)")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a sample (default: the run's)")
+    parser.add_argument("--num-samples", type=int, help="validation samples to score (default: all)")
+    parser.add_argument("--num-repeats", type=int, default=1, help="noise draws a block (default %(default)s)")
+    parser.add_argument("--micro-batch-size", type=int, default=16, help="samples of a pass (default %(default)s)")
+    parser.add_argument("--baselines", action="store_true", help="also count unigram and bigram on the training split")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
