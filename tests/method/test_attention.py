@@ -145,6 +145,15 @@ def test_lower_precision_is_as_good_as_masked_attention(dtype, tolerance, block_
         assert error <= tolerance and error <= 4 * dense_error
 
 
+def test_scores_are_not_rounded_to_half_precision():
+    """Scores near 50: a bfloat16 one is off by up to 0.1, and its probability by as much."""
+    q, k, v, grad_out = _inputs(1, 64, 4, 2, 64, torch.bfloat16)
+    flash = _max_errors(6 * q, 3 * k, v, grad_out, 8, None, "flash")
+    dense = _max_errors(6 * q, 3 * k, v, grad_out, 8, None, "dense")
+    for error, dense_error in zip(flash, dense, strict=True):
+        assert error <= 2.5 * dense_error
+
+
 def test_large_scores_do_not_overflow():
     q, k, v, grad_out = _inputs(1, 32, 2, 2, 16, torch.float32)
     assert max(_max_errors(30 * q, 10 * k, v, grad_out, 4, None, "flash")) < 0.05
