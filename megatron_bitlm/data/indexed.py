@@ -40,6 +40,11 @@ class CodeDataset(IndexedDataset):
         """Pickles as the prefix: a process that gets it opens the files itself."""
         return (type(self), (self.path_prefix,))
 
+    def __del__(self) -> None:
+        # Megatron's assumes a finished constructor; ours may have refused the files before.
+        if hasattr(self, "bin_reader"):
+            super().__del__()
+
     @property
     def sequence_lengths(self) -> np.ndarray:
         """Blocks of every document, int32 [D]."""
