@@ -23,6 +23,7 @@ import torch
 
 from megatron_bitlm import __version__
 from megatron_bitlm.config import load_run
+from megatron_bitlm.data.card import dataset_path
 from megatron_bitlm.data.files import write_atomic
 from megatron_bitlm.data.preprocess import PreprocessConfig, preprocess
 from megatron_bitlm.errors import BitLMError
@@ -67,14 +68,17 @@ def run_quickstart(arguments: list[str]) -> None:
     if not Path(options.config).is_file():
         raise BitLMError(f"there is no configuration {options.config}; give --config examples/quickstart.yaml")
     folder = Path(options.directory)
-    prefix = folder / "data" / "docs"
-    overrides = ["--data.paths", json.dumps([str(prefix)]), "--run.directory", str(folder / "run")]
-    config = load_run(options.config, overrides + options.overrides)
+    overrides = ["--run.directory", str(folder), *options.overrides]
+    config = load_run(options.config, overrides)
+    label = Path(options.tokenizer).name.replace(":", "-")
+    prefix = Path(options.data) / f"installed-docs-{label}-m{config.model.block_size}"
+    overrides += ["--data.paths", json.dumps([str(prefix)])]
+    config = load_run(options.config, overrides)
     report = Report()
     with report.timed("preprocess"):
         _make_dataset(prefix, config, options.tokenizer)
     with report.timed("pretrain"):
-        _announce("pretrain", options.config, *overrides, *options.overrides)
+        _announce("pretrain", options.config, *overrides)
         pretrain(config)
     sampler = SamplerConfig(
         num_steps=options.steps, guidance=options.guidance, guidance_mode=options.guidance_mode, grid=options.grid
@@ -92,7 +96,7 @@ def run_quickstart(arguments: list[str]) -> None:
 
 def _make_dataset(prefix: Path, config: RunConfig, tokenizer: str) -> None:
     flags = ["--corpus", "installed-docs", "--tokenizer", tokenizer, "--block_size", str(config.model.block_size)]
-    if prefix.with_suffix(".json").exists():
+    if dataset_path(prefix, ".json").exists():
         print(f"dataset {prefix} is there already")
         return
     _announce("preprocess", *flags, "--output", str(prefix))
@@ -121,9 +125,7 @@ def _continuations(loaded: LoadedModel, config: RunConfig, sampler: SamplerConfi
         *("--guidance", str(sampler.guidance), "--guidance-mode", sampler.guidance_mode, "--grid", sampler.grid),
         *("--max-new-tokens", str(_MAX_NEW_TOKENS), "--prompt", *PROMPTS),
     )
-    generator = Generator(
-        loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler
-    )
+    generator = Generator(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler)
     prompts = [loaded.tokenizer.encode(prompt) for prompt in PROMPTS]
     results = generator.generate(prompts, max_new_tokens=_MAX_NEW_TOKENS)
     texts = []
@@ -142,9 +144,7 @@ def _draw_denoising(loaded: LoadedModel, sampler: SamplerConfig, path: Path) -> 
         if block == 1:
             frames.append((moment, state[0].cpu()))
 
-    generator = Generator(
-        loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler
-    )
+    generator = Generator(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler)
     prompt = loaded.tokenizer.encode(PROMPTS[0])
     generator.generate([prompt], max_new_tokens=2 * loaded.config.block_size, observe=film)
     if not frames:
@@ -203,7 +203,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Further --section.field value flags change the training configuration.",
     )
     defaults = SamplerConfig()
-    parser.add_argument("--directory", default="runs/quickstart", help="where all goes (default %(default)s)")
+    parser.add_argument("--directory", default="runs/quickstart", help="the run's folder (default %(default)s)")
+    parser.add_argument("--data", default="data", help="folder of the dataset (default %(default)s)")
     parser.add_argument("--config", default=str(_DEFAULT_CONFIG), help="training configuration")
     parser.add_argument("--tokenizer", default="bytes", help="as `bitlm preprocess --tokenizer` (default %(default)s)")
     parser.add_argument("--steps", type=int, default=defaults.num_steps, help="denoising steps (default %(default)s)")
