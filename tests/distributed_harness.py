@@ -16,6 +16,8 @@ T = TypeVar("T")
 # Imported once by the server that forks the ranks; importing megatron-core takes seconds.
 _PRELOAD = ["torch", "megatron.core", "megatron_bitlm.model.backbone", "megatron_bitlm.parallel.state"]
 
+_EXIT_TIMEOUT_S = 20
+
 
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
@@ -46,13 +48,17 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout_s
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        process = context.Process(target=_rank_main, args=(sender, environment, function, args), daemon=True)
+        # No daemons: saving a checkpoint starts a process of its own.
+        process = context.Process(target=_rank_main, args=(sender, environment, function, args))
         process.start()
         sender.close()
         processes.append(process)
         pipes.append(receiver)
     try:
-        return _collect(pipes, timeout_s)
+        results = _collect(pipes, timeout_s)
+        for process in processes:
+            process.join(timeout=_EXIT_TIMEOUT_S)
+        return results
     finally:
         for process in processes:
             process.terminate()

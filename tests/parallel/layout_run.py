@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -52,6 +53,32 @@ def run_layouts(ports: list[int], layouts: list[ParallelConfig]) -> list[tuple[f
         finally:
             shutdown_parallel()
     return results
+
+
+def save_initial_weights(layout: ParallelConfig, path: str) -> None:
+    """Writes the initial weights of a layout as a distributed checkpoint."""
+    state = initialize_parallel(layout, seed=1, timeout_minutes=1)
+    dist_checkpointing.save(_sharded(_initial_model(state)), path)
+    shutdown_parallel()
+
+
+def load_beside_initial_weights(path: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """In one process: each parameter's name, its value in the checkpoint and its initial value here."""
+    state = initialize_parallel(ParallelConfig(), seed=1, timeout_minutes=1)
+    model = _initial_model(state)
+    loaded = dist_checkpointing.load(_sharded(_initial_model(state)), path)
+    pairs = [(name, loaded[name], value.detach()) for name, value in model.named_parameters()]
+    shutdown_parallel()
+    return pairs
+
+
+def _initial_model(state: ParallelState) -> Backbone:
+    return _build(transformer_config(SHAPE, state.config, precision="fp64"), state, 0)
+
+
+def _sharded(model: Backbone) -> dict:
+    dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata={"dp_cp_group": dp_cp_group})
 
 
 def _one_step(state: ParallelState) -> tuple[float | None, list[Shard]]:

@@ -5,14 +5,18 @@ import torch
 
 from megatron_bitlm.parallel.state import ParallelConfig
 from tests.distributed_harness import free_port, run_ranks
-from tests.parallel.layout_run import SHAPE, Shard, run_layouts
+from tests.parallel.layout_run import (
+    SHAPE,
+    Shard,
+    load_beside_initial_weights,
+    run_layouts,
+    save_initial_weights,
+)
 
 TWO_RANKS = {
     "TP2": ParallelConfig(tensor_model_parallel_size=2),
     "TP2 SP": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-    "TP2 SP full recompute": ParallelConfig(
-        tensor_model_parallel_size=2, sequence_parallel=True, recompute="full"
-    ),
+    "TP2 SP full recompute": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, recompute="full"),
     "PP2": ParallelConfig(pipeline_model_parallel_size=2),
     "PP2 VP2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "PP2 uneven": ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=1),
@@ -20,9 +24,7 @@ TWO_RANKS = {
     "DP2": ParallelConfig(),
 }
 FOUR_RANKS = {
-    "TP2 PP2 SP": ParallelConfig(
-        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
-    ),
+    "TP2 PP2 SP": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
 }
 
 
@@ -52,9 +54,7 @@ def assembled(name: str, parts: list[torch.Tensor], full: torch.Tensor) -> torch
     """The whole tensor from the tensor-parallel ranks' shards in order, by the rules of the matrices."""
     if parts[0].shape == full.shape:
         for part in parts[1:]:
-            torch.testing.assert_close(
-                part, parts[0], rtol=0, atol=1e-12, msg=f"{name} differs between ranks"
-            )
+            torch.testing.assert_close(part, parts[0], rtol=0, atol=1e-12, msg=f"{name} differs between ranks")
         return parts[0]
     if name.endswith("linear_fc1.weight"):
         gates, ups = zip(*(part.chunk(2) for part in parts), strict=True)
@@ -93,3 +93,13 @@ def test_the_comparison_covers_every_layer(one_process):
     names = set(one_process[1])
     assert {f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(SHAPE.num_layers)} <= names
     assert len(names) == 8 * SHAPE.num_layers + 1 + 4
+
+
+def test_checkpoints_cut_weights_as_initialisation_does(tmp_path):
+    """What tensor-parallel ranks write is, reassembled by megatron-core, the initial model of one process."""
+    layout = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    run_ranks(save_initial_weights, 2, layout, str(tmp_path))
+    [pairs] = run_ranks(load_beside_initial_weights, 1, str(tmp_path))
+    assert len(pairs) == 8 * SHAPE.num_layers + 1 + 4
+    for name, loaded, initial in pairs:
+        assert torch.equal(loaded, initial), name
