@@ -14,6 +14,8 @@ for _message in (
     # Its checkpoints go through interfaces of torch that are on their way out.
     r"`load_state_dict` is deprecated and will be removed",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
+    # Our core attention is plain torch, so recomputing it does save memory.
+    r"If you are using transformer_engine as the transformer implementation, the core_attn",
 ):
     warnings.filterwarnings("ignore", message=_message)
 del _message
