@@ -217,7 +217,12 @@ class Backbone(MegatronModule):
         Returns:
             Hidden states [S, B, D], after the final norm on the last stage; with sequence parallelism this
             tensor-parallel rank's [S / ranks, B, D].
+
+        Raises:
+            BitLMError: with sequence parallelism, a sequence that does not divide into whole blocks a rank.
         """
+        if self.config.sequence_parallel:
+            self._check_shards(layout)
         hidden = None
         if self.pre_process:
             hidden = self.input_module(codes_BSK).transpose(0, 1).contiguous()
@@ -237,3 +242,14 @@ class Backbone(MegatronModule):
         if layout.kv_cache is not None:
             layout.kv_cache.advance(layout.positions.shape[1])
         return hidden
+
+    def _check_shards(self, layout: SequenceLayout) -> None:
+        """The head scores whole blocks, so every rank's shard of the sequence must be whole blocks."""
+        size, length = self.config.tensor_model_parallel_size, layout.positions.shape[1]
+        block_size = layout.attention.block_size if layout.attention is not None else length
+        if length % (size * block_size):
+            raise BitLMError(
+                f"with parallel.sequence_parallel, {size} tensor-parallel ranks share a sequence of "
+                f"{length} tokens in whole blocks of {block_size}; use a multiple of {size * block_size} "
+                "tokens"
+            )

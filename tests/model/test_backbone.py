@@ -200,9 +200,7 @@ def test_initial_weights_are_a_function_of_seed_and_name():
 
 def test_initialisation_leaves_the_generator_alone_and_covers_everything():
     config = transformer_config(SHAPE, ParallelConfig())
-    model = Backbone(
-        config, block_spec(config, block_size=4), backbone=SHAPE, input_module=CodeMLP(NUM_BITS, 64, 48)
-    )
+    model = Backbone(config, block_spec(config, block_size=4), backbone=SHAPE, input_module=CodeMLP(NUM_BITS, 64, 48))
     assert torch.isnan(model.decoder.layers[0].mlp.linear_fc1.weight).all()
     before = torch.get_rng_state()
     initialize_parameters(model, seed=1)
@@ -239,9 +237,7 @@ def test_rotation_is_a_complex_product():
     expected = torch.complex(x[..., :8], x[..., 8:]) * factors
     # The tables come from fp32 angles.
     torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], -1), rtol=0, atol=2e-4)
-    assert torch.autograd.gradcheck(
-        lambda y: apply_rotary(y, rotary_tables(positions, 16, 1e6, torch.float64)), x
-    )
+    assert torch.autograd.gradcheck(lambda y: apply_rotary(y, rotary_tables(positions, 16, 1e6, torch.float64)), x)
 
 
 def test_code_embedding_reads_the_row_of_the_id():
@@ -262,3 +258,10 @@ def test_unavailable_features_are_refused_by_name():
     config = dataclasses.replace(config, context_parallel_size=2)
     with pytest.raises(BitLMError, match="context_parallel_size is 2"):
         Backbone(config, block_spec(config, block_size=4), backbone=SHAPE, input_module=nn.Identity())
+
+
+def test_sequence_shards_must_be_whole_blocks():
+    model = build()
+    model.config.sequence_parallel, model.config.tensor_model_parallel_size = True, 16
+    with pytest.raises(BitLMError, match="16 tensor-parallel ranks .* of 32 tokens .* a multiple of 64"):
+        model(random_codes(), SequenceLayout.from_batch(None, ROWS, LENGTH, 4))
