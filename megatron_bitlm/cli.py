@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     try:
         _COMMANDS[chosen.command][1](chosen.arguments)
-    except BitLMError as error:
-        print(f"bitlm {chosen.command}: {error}", file=sys.stderr)
+    except (BitLMError, argparse.ArgumentError) as error:
+        print(f"bitlm {chosen.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"bitlm {chosen.command}: interrupted", file=sys.stderr)
@@ -47,7 +47,9 @@ def _preprocess(arguments: list[str]) -> None:
 
     from megatron_bitlm.data.preprocess import PreprocessConfig, preprocess
 
-    parser = ArgumentParser(prog="bitlm preprocess", description="Text to a dataset of packed binary codes.")
+    parser = ArgumentParser(
+        prog="bitlm preprocess", description="Text to a dataset of packed binary codes.", exit_on_error=False
+    )
     parser.add_argument(
         "--input",
         nargs="+",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
+from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.training.config import RunConfig
 
 
@@ -17,6 +20,7 @@ def run_parser() -> ArgumentParser:
         prog="bitlm pretrain",
         description="Train a BitLM, or resume it from its newest checkpoint. Start under torchrun for many processes.",
         usage="bitlm pretrain [CONFIG.yaml] [--section.field value ...]",
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the sections below")
     hints = typing.get_type_hints(RunConfig)
@@ -29,11 +33,14 @@ def parse_run(arguments: list[str]) -> RunConfig:
     """The configuration that command-line arguments describe; the first may be a YAML file.
 
     Raises:
-        SystemExit: Status 2 with one line for an unknown key or a value of the wrong type.
-        BitLMError: A value out of range.
+        BitLMError: A file that cannot be read or is no configuration, an unknown key, or a value out of range.
+        argparse.ArgumentError: A flag that does not exist, or a value of the wrong type.
     """
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
+    for flag, value in zip(arguments, arguments[1:], strict=False):
+        if flag == "--config":
+            _check_file(Path(value))
     parser = run_parser()
     return _build(parser, parser.parse_args(arguments))
 
@@ -41,6 +48,29 @@ def parse_run(arguments: list[str]) -> RunConfig:
 def load_run(path: str, overrides: list[str] | None = None) -> RunConfig:
     """The configuration in a YAML file, with `--section.field value` overrides."""
     return parse_run([path, *(overrides or [])])
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what the parser would report without the file's name, or pass over in silence."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BitLMError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(content, dict):
+        names = ", ".join(field.name for field in fields(RunConfig))
+        raise BitLMError(f"the configuration {path} is not a mapping of sections ({names})")
+    _check_section(path, RunConfig(), content, "")
+
+
+def _check_section(path: Path, section: Any, content: dict, prefix: str) -> None:
+    known = {field.name: getattr(section, field.name) for field in fields(section)}
+    for key, value in content.items():
+        if key not in known:
+            raise BitLMError(f"{path}: unknown setting {prefix}{key}; choose one of {', '.join(known)}")
+        if is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise BitLMError(f"{path}: {prefix}{key} is a section of settings, got {value!r}")
+            _check_section(path, known[key], value, f"{prefix}{key}.")
 
 
 def _build(parser: ArgumentParser, namespace: Any) -> RunConfig:

@@ -39,6 +39,13 @@ def checkpoint_likelihood(
     Raises:
         BitLMError: Data of another code, tokenizer or block size, or fewer samples than asked for.
     """
+    for name, value in {
+        "num_samples": num_samples,
+        "micro_batch_size": micro_batch_size,
+        "num_repeats": num_repeats,
+    }.items():
+        if value is not None and value < 1:
+            raise BitLMError(f"{name} must be at least 1, got {value}")
     _, valid = build_datasets(
         data,
         block_size=loaded.config.block_size,
@@ -148,8 +155,8 @@ def describe(figures: dict[str, Any]) -> str:
     bound = figures["bound"]
     lines = [
         f"{'':10} {'nats/token':>16} {'bits/byte':>10}",
-        f"{'BitLM':10} <= {bound['nats_per_token']:.4f} +- {bound['standard_error']:.4f} <= {bound['bits_per_byte']:.4f}"
-        f"   perplexity <= {bound['perplexity']:.2f}, {bound['num_tokens']:,} tokens",
+        f"{'BitLM':10} <= {bound['nats_per_token']:.4f} +- {bound['standard_error']:.4f} "
+        f"<= {bound['bits_per_byte']:.4f}   perplexity <= {bound['perplexity']:.2f}, {bound['num_tokens']:,} tokens",
     ]
     for name in ("bigram", "unigram"):
         if name in figures:

@@ -77,6 +77,7 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise BitLMError naming the setting and its value."""
         backbone = self.resolve_backbone()
+        backbone.validate()
         if self.block_size < 1:
             raise BitLMError(f"model.block_size must be at least 1, got {self.block_size}")
         if self.input_hidden_size is not None and self.input_hidden_size < 1:

@@ -73,7 +73,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         actual = part.stat().st_size if part.is_file() else None
         if actual != size:
             state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            raise BitLMError(f"checkpoint file {part} {state}; use an earlier checkpoint")
+            raise BitLMError(f"checkpoint file {part} {state}; remove its folder to go on from an earlier checkpoint")
     return meta
 
 

@@ -100,7 +100,11 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.rich = Progress(
-                TextColumn("pretrain"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+                TextColumn("pretrain"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
             )
             self.rich.start()
             self.task = self.rich.add_task("pretrain", total=num_steps, completed=step, text="")

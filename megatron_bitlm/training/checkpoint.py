@@ -72,7 +72,7 @@ class CheckpointManager:
         step is left as it is.
         """
         final = self.folder / step_folder(step)
-        if final.exists():
+        if (final / META_FILE).exists():
             return final
         aside = self.folder / f".{final.name}.tmp"
         if dist.get_rank() == 0:
@@ -106,7 +106,9 @@ class CheckpointManager:
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         state = model_state(self.chunks)
-        state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=sharding_metadata())
+        state["optimizer"] = self.optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=sharding_metadata()
+        )
         state["scheduler"] = self.scheduler.state_dict()
         return state
 
@@ -117,6 +119,8 @@ class CheckpointManager:
                 os.fsync(file.fileno())
         record = {"format": FORMAT, "version": VERSION, "step": step, "files": files, **meta}
         write_atomic(aside / META_FILE, (json.dumps(record, indent=1) + "\n").encode())
+        if final.exists():  # without meta.json: what is left of a checkpoint that something else damaged
+            shutil.rmtree(final)
         os.replace(aside, final)
         _sync_folder(self.folder)
         write_atomic(self.folder / "latest", f"{final.name}\n".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 
 from megatron_bitlm.data.packing import DataConfig
@@ -61,6 +62,11 @@ class TrainingConfig:
         for name in ("num_steps", "global_batch_size", "micro_batch_size", "log_interval_steps"):
             if getattr(self, name) < 1:
                 raise BitLMError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        if self.stop_after_steps is not None and self.stop_after_steps < 1:
+            raise BitLMError(f"training.stop_after_steps must be at least 1, got {self.stop_after_steps}")
+        peak = self.peak_flops_per_device
+        if peak is not None and not 0 < peak < math.inf:
+            raise BitLMError(f"training.peak_flops_per_device must be positive, got {peak}")
         if self.progress not in ("auto", "lines", "off"):
             raise BitLMError(f"training.progress must be auto, lines or off, got {self.progress!r}")
 
@@ -100,6 +106,14 @@ class RunConfig:
             raise BitLMError(
                 f"data.sequence_length {self.data.sequence_length} is not divisible by model.block_size "
                 f"{self.model.block_size}"
+            )
+        if self.data.split_fractions()[1] == 0:
+            raise BitLMError(f"data.split {self.data.split!r} leaves no documents for validation")
+        shards = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        if self.data.sequence_length % (self.model.block_size * shards):
+            raise BitLMError(
+                f"data.sequence_length {self.data.sequence_length} is not divisible into whole blocks of "
+                f"{self.model.block_size} on each of the {shards} ranks of parallel.sequence_parallel"
             )
 
     def num_micro_batches(self, data_parallel_size: int) -> int:

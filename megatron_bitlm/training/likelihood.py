@@ -28,7 +28,8 @@ from megatron_bitlm.method.path import TabulatedTime
 from megatron_bitlm.model.bitlm import ScoredBlocks
 from megatron_bitlm.training.step import Inputs, PipelineRunner
 
-_PILOT_SHARE = 4  # the pilot that adapts the proposal sees a quarter of the samples
+_PILOT_SHARE = 4  # the pilot that adapts the proposal sees a quarter of the samples,
+_MIN_PILOT_SAMPLES = 16  # but not fewer than these
 _NUM_FIELDS = 5  # lambda, squared error, reconstruction, counted tokens, valid
 
 
@@ -118,15 +119,21 @@ class LikelihoodScorer:
         training = [chunk.training for chunk in self.runner.chunks]
         for chunk in self.runner.chunks:
             chunk.eval()
-        pilot = self._fields(batches()[: max(1, len(batches()) // _PILOT_SHARE)], num_samples, num_blocks, pilot_proposal(), 0)
-        seen = pilot[..., 4] > 0
-        proposal = adapted_proposal(pilot_proposal(), pilot[..., 0][seen].numpy(), pilot[..., 1][seen].numpy())
+        proposal = self._adapted(batches(), num_samples, num_blocks)
         fields = [
             self._fields(batches(), num_samples, num_blocks, proposal, 1 + repeat) for repeat in range(num_repeats)
         ]
         for chunk, mode in zip(self.runner.chunks, training, strict=True):
             chunk.train(mode)
         return self._report(torch.stack(fields), proposal, self._num_bytes(batches()))
+
+    def _adapted(self, inputs: list[Inputs], num_samples: int, num_blocks: int) -> TabulatedTime:
+        """The proposal, from the first samples by number: the same ones however they are spread over ranks."""
+        size = max(num_samples // _PILOT_SHARE, min(num_samples, _MIN_PILOT_SAMPLES))
+        first = [item for item in inputs if int(item.sample_index.min()) < size]
+        pilot = self._fields(first, num_samples, num_blocks, pilot_proposal(), 0)[:size]
+        seen = pilot[..., 4] > 0
+        return adapted_proposal(pilot_proposal(), pilot[..., 0][seen].numpy(), pilot[..., 1][seen].numpy())
 
     def _fields(
         self, inputs: list[Inputs], num_samples: int, num_blocks: int, proposal: TabulatedTime, repeat: int
@@ -155,8 +162,9 @@ class LikelihoodScorer:
             )
             table[item.sample_index[:, None], scored.block[None, :]] = values.double()
 
-        with torch.no_grad():
-            self.runner.run(inputs, objective, collect, forward_only=True)
+        if inputs:  # a rank may hold none of the pilot's samples
+            with torch.no_grad():
+                self.runner.run(inputs, objective, collect, forward_only=True)
         return self._gather(table).cpu()
 
     def _gather(self, table: Tensor) -> Tensor:
@@ -192,9 +200,7 @@ class LikelihoodScorer:
         if not accumulator.tokens:
             raise BitLMError("the validation samples hold no text tokens; check data.split and data.paths")
         chosen = valid.expand(fields.shape[:-1])
-        edges, mse = mean_squared_error_profile(
-            fields[..., 0][chosen].numpy(), fields[..., 1][chosen].numpy(), bits
-        )
+        edges, mse = mean_squared_error_profile(fields[..., 0][chosen].numpy(), fields[..., 1][chosen].numpy(), bits)
         estimate = accumulator.estimate()
         if not math.isfinite(estimate.nats_per_token):
             raise BitLMError(f"the likelihood bound is {estimate.nats_per_token}: the model's outputs are not finite")

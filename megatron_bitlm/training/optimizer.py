@@ -58,7 +58,11 @@ class OptimizerConfig:
         if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
             raise BitLMError(f"optimizer.learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.min_learning_rate_ratio <= 1:
-            raise BitLMError(f"optimizer.min_learning_rate_ratio must lie in [0, 1], got {self.min_learning_rate_ratio}")
+            raise BitLMError(
+                f"optimizer.min_learning_rate_ratio must lie in [0, 1], got {self.min_learning_rate_ratio}"
+            )
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise BitLMError(f"optimizer.decay_steps must be at least 1, got {self.decay_steps}")
         decay = self.decay_steps or num_steps
         if not 0 <= self.warmup_steps < decay:
             raise BitLMError(
@@ -67,13 +71,21 @@ class OptimizerConfig:
             )
         if self.schedule == "wsd" and not 0 < (self.wsd_decay_steps or 0) <= decay:
             raise BitLMError(f"optimizer.wsd_decay_steps must lie in 1..{decay} with wsd, got {self.wsd_decay_steps}")
-        for name in ("epsilon", "weight_decay", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise BitLMError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BitLMError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("epsilon", "weight_decay", "clip_grad", "head_learning_rate_multiplier"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BitLMError(f"optimizer.{name} must be finite and not negative, got {getattr(self, name)}")
 
 
 def build_optimizer(
-    config: OptimizerConfig, model_chunks: list, *, bf16: bool, use_distributed_optimizer: bool, overlap_param_gather: bool
+    config: OptimizerConfig,
+    model_chunks: list,
+    *,
+    bf16: bool,
+    use_distributed_optimizer: bool,
+    overlap_param_gather: bool,
 ) -> MegatronOptimizer:
     """Megatron's Adam over DDP-wrapped chunks; the head's parameters are a group of their own.
 
@@ -126,6 +138,11 @@ def build_scheduler(config: OptimizerConfig, optimizer: MegatronOptimizer, num_s
         wsd_decay_steps=config.wsd_decay_steps,
         lr_wsd_decay_style="cosine" if config.schedule == "wsd" else None,
     )
+
+
+def backbone_learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The current learning rate of the groups that are not the head's."""
+    return next(group["lr"] for group in optimizer.param_groups if not group["is_decoupled_lr"])
 
 
 @torch.no_grad()

@@ -24,21 +24,39 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
 
-    def claim(self, config: RunConfig) -> None:
-        """Make the folder this run's, or check that it already is.
+    def check(self, config: RunConfig) -> None:
+        """Check, without writing, that `claim` can make the folder this run's or that it already is.
 
         Raises:
-            BitLMError: It holds another run (names the first setting that differs) or files that are no run's.
+            BitLMError: It holds another run (names the first setting that differs) or files that are no run's, or it
+                cannot be written.
         """
-        if not self.config_file.exists():
-            if self.path.exists() and any(self.path.iterdir()):
-                raise BitLMError(f"run.directory {self.path} holds files but no run; choose another run.directory")
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not existing.is_dir():
+            raise BitLMError(f"run.directory {self.path} cannot be made: {existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise BitLMError(f"run.directory {self.path} cannot be written: no permission in {existing}")
+        if self.config_file.exists():
+            self._check_same(config)
+        elif self.path.exists() and any(not _is_leftover(path) for path in self.path.iterdir()):
+            raise BitLMError(f"run.directory {self.path} holds files but no run; choose another run.directory")
+
+    def claim(self, config: RunConfig) -> None:
+        """Make the folder this run's, after `check`.
+
+        Raises:
+            BitLMError: As `check`, or the folder cannot be made.
+        """
+        self.check(config)
+        if self.config_file.exists():
+            return
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.config_file, dump_config(config).encode())
-            return
-        self.check_same(config)
+        except OSError as error:
+            raise BitLMError(f"run.directory {self.path} cannot be written: {error}") from error
 
-    def check_same(self, config: RunConfig) -> None:
+    def _check_same(self, config: RunConfig) -> None:
         """Raise BitLMError where the folder's run differs from `config` in a setting that changes its results."""
         try:
             stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
@@ -81,7 +99,6 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     return items
 
 
-def require_writable(path: Path) -> None:
-    """Raise BitLMError when the folder cannot be written, before time is spent."""
-    if path.exists() and not os.access(path, os.W_OK):
-        raise BitLMError(f"run.directory {path} is not writable")
+def _is_leftover(path: Path) -> bool:
+    """A config.yaml whose writing was interrupted before the folder held anything else."""
+    return path.name.startswith("config.yaml.") and path.name.endswith(".tmp")

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megatron_bitlm.data.card import Card, load_dataset_code, load_dataset_tokenizer, read_card
+from megatron_bitlm.data.indexed import open_dataset
 from megatron_bitlm.data.loading import SampleLoader, fixed_batches
 from megatron_bitlm.data.packing import build_datasets
 from megatron_bitlm.data.tokenizer import Tokenizer
@@ -38,10 +39,10 @@ class DataFacts:
 
 
 def read_data_facts(config: RunConfig) -> DataFacts:
-    """Card, code and tokenizer of the first dataset, checked against the model's block size.
+    """Card, code and tokenizer of the datasets, checked against each other and the model's block size.
 
     Raises:
-        BitLMError: No paths, an unreadable dataset, or one made for another block size.
+        BitLMError: No paths, an unreadable dataset, or one made for another block size, code or tokenizer.
     """
     if not config.data.paths:
         raise BitLMError("data.paths is empty: name at least one dataset prefix made by `bitlm preprocess`")
@@ -51,6 +52,14 @@ def read_data_facts(config: RunConfig) -> DataFacts:
         raise BitLMError(
             f"{prefix}.json was made with block_size {card.block_size}, but model.block_size is "
             f"{config.model.block_size}; preprocess again or change model.block_size"
+        )
+    for path in config.data.paths:
+        open_dataset(
+            path,
+            block_size=card.block_size,
+            code_map_hash=card.code_map_hash,
+            tokenizer_fingerprint=card.tokenizer_fingerprint,
+            vocab_size=card.vocab_size,
         )
     return DataFacts(card, load_dataset_code(prefix), load_dataset_tokenizer(prefix), prefix)
 
@@ -90,9 +99,7 @@ class Session:
         )
         self._connect(wrapped)
         scheduler = build_scheduler(config.optimizer, self.optimizer, training.num_steps)
-        self.checkpoints = CheckpointManager(
-            checkpoints, config.checkpoint, self.chunks, self.optimizer, scheduler
-        )
+        self.checkpoints = CheckpointManager(checkpoints, config.checkpoint, self.chunks, self.optimizer, scheduler)
         self.train_data, self.valid_data = build_datasets(
             config.data,
             block_size=config.model.block_size,
@@ -100,6 +107,7 @@ class Session:
             num_valid_samples=config.validation.num_samples,
             seed=config.run.seed,
         )
+        self.num_validation_samples = self._whole_validation_batches()
         runner = PipelineRunner(wrapped, training.micro_batch_size, config.data.sequence_length)
         self.step = TrainingStep(
             runner,
@@ -137,14 +145,7 @@ class Session:
 
     def validate(self) -> LikelihoodReport:
         """The likelihood bound on the validation samples. Collective."""
-        num_samples = min(self.config.validation.num_samples, len(self.valid_data))
-        share = self.config.training.micro_batch_size * self.state.data_parallel_size
-        num_samples = max(num_samples // share * share, min(share, num_samples))
-        if num_samples < share:
-            raise BitLMError(
-                f"the validation split has {num_samples} samples, fewer than micro_batch_size x data-parallel ranks = "
-                f"{share}; give it a larger part of data.split or lower training.micro_batch_size"
-            )
+        num_samples = self.num_validation_samples
 
         def batches() -> list[Inputs]:
             return [
@@ -160,6 +161,18 @@ class Session:
 
         num_blocks = self.config.data.sequence_length // self.config.model.block_size
         return self.scorer(batches, num_samples, num_blocks, self.config.validation.num_repeats)
+
+    def _whole_validation_batches(self) -> int:
+        """As many of the validation samples as fill micro-batches on all ranks."""
+        available = min(self.config.validation.num_samples, len(self.valid_data))
+        share = self.config.training.micro_batch_size * self.state.data_parallel_size
+        if available < share:
+            raise BitLMError(
+                f"validation.num_samples {self.config.validation.num_samples} of data.split {self.config.data.split!r} "
+                f"are {available} samples, fewer than training.micro_batch_size x data-parallel ranks = {share}; raise "
+                "these or lower training.micro_batch_size"
+            )
+        return available // share * share
 
     def _to_device(self, batch: Any) -> Inputs:
         return to_device(batch, self.state.device, self.config.model.block_size)

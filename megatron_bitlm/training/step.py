@@ -17,6 +17,12 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.model.bitlm import BitFlips, Objective, ScoredBlocks
 from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.training.metrics import NUM_SUMS, StepMetrics, step_sums
+from megatron_bitlm.training.optimizer import backbone_learning_rate
+
+_ADVICE = (
+    "checkpoints before it are kept; start a run in another run.directory with a lower optimizer.learning_rate or "
+    "optimizer.clip_grad"
+)
 
 
 @dataclass
@@ -164,17 +170,14 @@ class TrainingStep:
         metrics = StepMetrics.from_sums(add_over_ranks(sums, sequence_parallel=self.sequence_parallel))
         self._check("loss", metrics.loss, step)
         self.scheduler.step(1)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = backbone_learning_rate(self.optimizer)
         updated, norm, _ = self.optimizer.step()
         if not updated:
-            raise BitLMError(f"the gradients of step {step} are not finite; resume from the last checkpoint")
+            raise BitLMError(f"the gradients of step {step} are not finite; {_ADVICE}")
         norm = float(norm)
         self._check("gradient norm", norm, step)
         return StepResult(metrics, norm, learning_rate)
 
     def _check(self, name: str, value: float, step: int) -> None:
         if not torch.isfinite(torch.tensor(value)):
-            raise BitLMError(
-                f"the {name} of step {step} is {value}; lower optimizer.learning_rate or set optimizer.clip_grad, and "
-                "start again from the last checkpoint"
-            )
+            raise BitLMError(f"the {name} of step {step} is {value}; {_ADVICE}")

@@ -8,13 +8,14 @@ from typing import Any
 
 from megatron_bitlm import __version__
 from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.parallel.state import initialize_parallel, shutdown_parallel
+from megatron_bitlm.model.checkpoint import complete_checkpoints, read_meta
+from megatron_bitlm.parallel.state import initialize_parallel, launched_world_size, shutdown_parallel
 from megatron_bitlm.training.callbacks import Callback, MetricsFile, Progress, Record, TensorBoard
 from megatron_bitlm.training.config import RunConfig, flat_settings
 from megatron_bitlm.training.flops import device_peak, training_flops_per_token
 from megatron_bitlm.training.likelihood import LikelihoodReport
 from megatron_bitlm.training.optimizer import gradient_norms_by_part
-from megatron_bitlm.training.run_folder import RunFolder, require_writable
+from megatron_bitlm.training.run_folder import RunFolder
 from megatron_bitlm.training.session import DataFacts, Session, mean_visible_keys, read_data_facts
 from megatron_bitlm.training.step import StepResult
 
@@ -34,21 +35,34 @@ def pretrain(config: RunConfig) -> Outcome:
     Raises:
         BitLMError: Bad settings or data, a folder that holds another run, or a loss that is not finite.
     """
-    config.validate()
-    facts = read_data_facts(config)
     folder = RunFolder(config.run.directory)
-    require_writable(folder.path)
-    state = initialize_parallel(
-        config.parallel, seed=config.run.seed, model=config.model.resolve_backbone()
-    )
+    facts = check_run(config, folder)
+    state = initialize_parallel(config.parallel, seed=config.run.seed, model=config.model.resolve_backbone())
     try:
+        session = Session(config, facts, state, folder.checkpoints)
         if state.is_main:
             folder.claim(config)
-        session = Session(config, facts, state, folder.checkpoints)
         callbacks = _callbacks(config, folder) if state.is_main else []
         return Loop(session, folder, callbacks).run()
     finally:
         shutdown_parallel()
+
+
+def check_run(config: RunConfig, folder: RunFolder) -> DataFacts:
+    """All checks that need neither process groups nor a model; nothing is written.
+
+    Raises:
+        BitLMError: As `pretrain`.
+    """
+    config.validate()
+    world_size = launched_world_size()
+    config.parallel.validate(world_size, config.model.resolve_backbone())
+    config.num_micro_batches(config.parallel.data_parallel_size(world_size))
+    facts = read_data_facts(config)
+    folder.check(config)
+    for _, newest in complete_checkpoints(folder.checkpoints)[-1:]:
+        check_same_data(read_meta(newest), facts)
+    return facts
 
 
 def _callbacks(config: RunConfig, folder: RunFolder) -> list[Callback]:
@@ -96,18 +110,20 @@ class Loop:
         return Outcome(max(start, last), last == config.training.num_steps, self.validation)
 
     def _one_step(self, step: int, batches: Any, last: int) -> None:
+        config = self.session.config
         began = time.perf_counter()
         inputs = self.session.next_inputs(batches)
         result = self.session.step(step, inputs)
         norms = gradient_norms_by_part(self.session.optimizer, result.gradient_norm)
         seconds = time.perf_counter() - began
         record = self._record(step, result, norms, seconds)
-        if _is_due(step, self.session.config.validation.interval_steps) or step == last:
+        # Not at the end of a session that stops early: a run's records do not depend on its sessions.
+        if _is_due(step, config.validation.interval_steps) or step == config.training.num_steps:
             self.validation = self.session.validate()
             record |= self.validation.record()
         for callback in self.callbacks:
             callback.on_step(record)
-        if _is_due(step, self.session.config.checkpoint.interval_steps) or step == last:
+        if _is_due(step, config.checkpoint.interval_steps) or step == last:
             self.session.checkpoints.save(step, self._meta(), self.session.facts.tokenizer, self.session.facts.code)
 
     def _record(self, step: int, result: StepResult, norms: dict[str, float], seconds: float) -> Record:
@@ -128,12 +144,10 @@ class Loop:
 
     def _resume(self) -> int:
         meta = self.session.checkpoints.load_latest()
-        if meta is None:
-            return 0
-        check_same_data(meta, self.session.facts)
+        step = int(meta["step"]) if meta else 0
         if self.session.state.is_main:
-            self.folder.keep_metrics_through(meta["step"])
-        return int(meta["step"])
+            self.folder.keep_metrics_through(step)
+        return step
 
     def _announce(self, start: int) -> None:
         if start:
@@ -176,5 +190,3 @@ def check_same_data(meta: dict[str, Any], facts: DataFacts) -> None:
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
