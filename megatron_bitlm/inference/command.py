@@ -37,9 +37,7 @@ def continue_texts(
     loaded: LoadedModel, prompts: list[str], *, sampler: SamplerConfig, max_new_tokens: int, seed: int
 ) -> list[Generation]:
     """Continue texts as one batch; row i uses seed + i."""
-    generator = Generator(
-        loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler
-    )
+    generator = Generator(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler)
     return generator.generate(
         [loaded.tokenizer.encode(prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,
@@ -54,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", nargs="+", default=[], help="texts to continue; may be empty strings")
     parser.add_argument("--prompt-file", help="file with one prompt a line; - for standard input")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="limit for each prompt (default %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=defaults.num_steps, help="denoising steps K (default %(default)s)"
-    )
+    parser.add_argument("--steps", type=int, default=defaults.num_steps, help="denoising steps K (default %(default)s)")
     parser.add_argument(
         "--guidance", type=float, default=defaults.guidance, help="classifier-free guidance (default %(default)s)"
     )

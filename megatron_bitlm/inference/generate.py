@@ -144,9 +144,7 @@ class Generator:
                 result.num_invalid += count
         return ids
 
-    def _collect(
-        self, ids: Tensor, rows: _Rows, number: int, results: list[Generation], max_new_tokens: int
-    ) -> None:
+    def _collect(self, ids: Tensor, rows: _Rows, number: int, results: list[Generation], max_new_tokens: int) -> None:
         """Append each unfinished row's new tokens, up to its EOS (truncated after it) or its limit."""
         for row, (result, tokens) in enumerate(zip(results, ids.tolist(), strict=True)):
             new = tokens[rows.num_known[row] :] if number == 0 else tokens
@@ -233,9 +231,7 @@ class _CachedBackbone:
         return self._states(ids, layout)
 
     def _whole(self) -> Tensor:
-        layout = SequenceLayout.prompt(
-            self.cache, self.ids.shape[1], self.rows.block_size, device=self.ids.device
-        )
+        layout = SequenceLayout.prompt(self.cache, self.ids.shape[1], self.rows.block_size, device=self.ids.device)
         return self._states(self.ids, layout)
 
     def _states(self, ids: Tensor, layout: SequenceLayout) -> Tensor:

@@ -122,9 +122,8 @@ class DenoisingObjective:
         shape = (cfg.samples_per_block, *clean.shape[:2])
         time, noise, drop = self._draw(clean, sample, block)
         noisy = interpolate(clean, noise, time)
-        logits = head(
-            noisy.flatten(1, 2), time.flatten(1, 2), condition.flatten(0, 1), drop.flatten(1, 2)
-        ).unflatten(1, shape[1:])
+        logits = head(noisy.flatten(1, 2), time.flatten(1, 2), condition.flatten(0, 1), drop.flatten(1, 2))
+        logits = logits.unflatten(1, shape[1:])
         estimate = clean_estimate(logits)
         squared = (estimate - clean).square()
         error = squared.mean((-1, -2))

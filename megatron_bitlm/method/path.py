@@ -16,6 +16,7 @@ from torch import Tensor
 
 MIN_TIME = 0.05  # wherever t^2 or t^3 divides; BitDance's floor
 LOGIT_CLIP = 15.0  # tanh(15) is 1 in float32, so a larger logit only costs gradients
+EDGE_SLACK = 1e-4  # float32 times round to log-SNRs this far outside the table they were drawn from
 
 TimeLawName = Literal["uniform", "logit_normal", "entropy"]
 WeightingName = Literal["x0", "velocity", "likelihood"]
@@ -112,7 +113,9 @@ class TabulatedTime:
     def __init__(self, edges: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> None:
         edges, weights = np.asarray(edges, np.float64), np.asarray(weights, np.float64)
         if edges.ndim != 1 or weights.shape != (edges.size - 1,) or not (np.diff(edges) > 0).all():
-            raise ValueError(f"a time table needs J+1 increasing edges and J weights, got {edges.shape} and {weights.shape}")
+            raise ValueError(
+                f"a time table needs J+1 increasing edges and J weights, got {edges.shape} and {weights.shape}"
+            )
         if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
             raise ValueError("the weights of a time table must be finite, non-negative and not all zero")
         self.edges = torch.from_numpy(edges)
@@ -128,10 +131,10 @@ class TabulatedTime:
         return edges[index] + fraction * (edges[index + 1] - edges[index])
 
     def log_snr_density(self, lam: Tensor) -> Tensor:
-        """Density over lambda (float64; zero outside the table)."""
+        """Density over lambda (float64; zero outside the table, but for `EDGE_SLACK` at its ends)."""
         edges, mass = self.edges.to(lam.device), self.mass.to(lam.device)
         index = (torch.searchsorted(edges, lam.double().contiguous(), right=True) - 1).clamp(0, mass.numel() - 1)
-        inside = (lam >= edges[0]) & (lam <= edges[-1])
+        inside = (lam >= edges[0] - EDGE_SLACK) & (lam <= edges[-1] + EDGE_SLACK)
         return torch.where(inside, mass[index] / (edges[index + 1] - edges[index]), 0.0)
 
     def sample(self, uniform: Tensor) -> Tensor:
@@ -187,6 +190,7 @@ def loss_weight(name: WeightingName, time: Tensor, law: TimeLaw) -> Tensor:
 
 
 def stratified_uniforms(uniform: Tensor) -> Tensor:
-    """Spread R independent uniforms [..., R] over R equal strata: (j + u_j) / R, same shape."""
+    """Spread R independent uniforms [..., R] over R equal strata: (j + u_j) / R, same shape, below 1 like `uniform`."""
     num = uniform.shape[-1]
-    return (torch.arange(num, device=uniform.device, dtype=uniform.dtype) + uniform) / num
+    spread = (torch.arange(num, device=uniform.device, dtype=uniform.dtype) + uniform) / num
+    return spread.clamp(max=1.0 - torch.finfo(uniform.dtype).eps / 2)  # j + u rounds up to j + 1 where u is near 1
