@@ -1,8 +1,10 @@
 # Every target does the set-up it needs in .venv; nothing has to be installed by hand except Python >= 3.10.
 PYTHON   ?= python3
 VENV     ?= .venv
-# Further flags for pip, for example an index with CPU-only builds of torch (README, "Install").
+# Further flags for pip, for example an index of your own.
 PIPFLAGS ?=
+# Where there is no GPU, torch's CPU build is taken from here when it can be reached: a tenth of the CUDA build's size.
+CPU_TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Test processes. Each one runs single-threaded, because many tests start several ranks of their own.
 WORKERS  ?= 2
 # Further arguments for `bitlm quickstart` or pytest, for example ARGS="-k codes".
@@ -47,6 +49,8 @@ $(VENV)/.installed: $(PROJECT)
 	but $(PYTHON) is %d.%d: run make PYTHON=/path/to/python3.11" % v[:2])'
 	@echo "Installing megatron-bitlm into $(VENV) (once; a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
+	@nvidia-smi -L >/dev/null 2>&1 || $(PIP) --retries 0 --timeout 5 --extra-index-url $(CPU_TORCH_INDEX) \
+	  --no-deps --constraint constraints.txt torch
 	@$(PIP) --constraint constraints.txt --editable .
 	@touch $@
 

@@ -71,7 +71,7 @@ def open_corpus(
 
     Args:
         inputs: JSONL (plain, .gz, .zst), Parquet or text files, folders of them, or
-            ``hub:NAME[:config][:split]`` for the ``datasets`` library (NAME may be a local folder).
+            ``hub:NAME[[:CONFIG]:SPLIT]`` for the ``datasets`` library (NAME may be a local folder).
         corpus: ``installed-docs`` for the documentation installed with this Python, in place of ``inputs``.
         text_key: key of a JSONL record or Parquet/hub column that holds the text.
         paragraphs: text files hold one document per paragraph (separated by blank lines) instead of one per

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -47,7 +48,7 @@ class PreprocessConfig:
     and EOS)."""
     input: list[str] = field(default_factory=list)
     """JSONL files (plain, .gz, .zst), Parquet files, text files, folders of these, or
-    hub:NAME[:config][:split]."""
+    hub:NAME[[:CONFIG]:SPLIT]."""
     corpus: str | None = None
     """`installed-docs`: the documentation of the installed Python packages, in place of `input`."""
     block_size: int = 4
@@ -113,6 +114,8 @@ def preprocess(config: PreprocessConfig) -> Card:
     with PartialDataset(config.output, config.settings()) as partial:
         if partial.card is not None:
             return partial.publish()
+        if config.corpus is not None:
+            _note(f"collecting {config.corpus}")
         corpus = open_corpus(
             config.input,
             corpus=config.corpus,
@@ -167,11 +170,16 @@ def _settle_tokenizer(config: PreprocessConfig, corpus: Corpus, partial: Partial
     for name in ("bos_token", "eos_token", "pattern"):
         if getattr(config, name) is not None:
             raise BitLMError(f"{name} does not apply to a trained tokenizer: leave it out")
+    _note(f"training the tokenizer {config.tokenizer}")
     # In a process of its own: training starts threads, after which this one could not safely fork workers.
     with ProcessPoolExecutor(1, mp_context=pool_context(), initializer=end_with_parent) as pool:
         arguments = (corpus, int(size), config.tokenizer_train_bytes, partial.tokenizer_folder)
         pool.submit(_train_tokenizer, *arguments).result()
     return load_tokenizer(partial.tokenizer_folder)
+
+
+def _note(text: str) -> None:
+    print(f"preprocess: {text}", file=sys.stderr, flush=True)
 
 
 def _train_tokenizer(corpus: Corpus, vocab_size: int, max_num_bytes: int, folder: Path) -> None:

@@ -34,7 +34,7 @@ def head_parameters(config: ModelConfig, num_bits: int) -> int:
 def training_flops_per_token(
     config: ModelConfig, num_bits: int, samples_per_block: int, mean_visible_keys: float
 ) -> float:
-    """Forward and backward FLOPs of one token: 6 per weight (the head once per noisy copy) plus attention's 12 c H_d L."""
+    """Forward and backward FLOPs of a token: 6 per weight (the head once per noisy copy) and attention's 12 c H_d L."""
     b = config.resolve_backbone()
     attention = 12 * mean_visible_keys * b.head_dim * b.num_attention_heads * b.num_layers
     return 6 * backbone_parameters(config) + attention + 6 * samples_per_block * head_parameters(config, num_bits)

@@ -126,8 +126,11 @@ def run_killed(output, path, tokenizer, limit, where="append", commit_interval=0
     arguments = [str(output), str(path), tokenizer, str(limit), where, str(commit_interval)]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    result = subprocess.run([sys.executable, "-c", CHILD, *arguments], env=environment, capture_output=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    # Into files, not pipes: a worker that wrongly lives on would hold a pipe open and hang the test.
+    with open(f"{output}.log", "wb") as log:
+        command = [sys.executable, "-c", CHILD, *arguments]
+        result = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=120)
+    assert result.returncode == -signal.SIGKILL, Path(f"{output}.log").read_text()
 
 
 @pytest.mark.parametrize(
