@@ -1,4 +1,4 @@
-"""The diffusion head: a small transformer over the M slots of one block, modulated by the backbone's state and the time.
+"""The diffusion head: a small transformer over the M slots of a block, modulated by the backbone's state and the time.
 
 Architecture after BitDance (arXiv 2602.14041), conditioned as BitLM eq. 10-11. It is plain torch and needs no
 communication: blocks are independent, so any subset of them may be denoised on any rank.
@@ -234,7 +234,8 @@ def check_head_config(config: HeadConfig, width: int) -> None:
         raise ValueError(f"head width {width} is not divisible by head_dim {config.head_dim}")
     if config.num_layers % config.num_modulation_groups:
         raise ValueError(
-            f"head num_layers {config.num_layers} is not divisible by num_modulation_groups {config.num_modulation_groups}"
+            f"head num_layers {config.num_layers} is not divisible by num_modulation_groups "
+            f"{config.num_modulation_groups}"
         )
     if config.conditioning not in ("slot", "mix"):
         raise ValueError(f"unknown head conditioning {config.conditioning!r}: choose slot or mix")
