@@ -100,11 +100,7 @@ def read_card(prefix: str | Path) -> Card:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
-        hint = (
-            "; an unfinished one is there, run preprocess again"
-            if dataset_path(prefix, ".partial").exists()
-            else ""
-        )
+        hint = "; an unfinished one is there, run preprocess again" if dataset_path(prefix, ".partial").exists() else ""
         raise BitLMError(f"{path}: no such dataset card{hint}") from error
     except (OSError, ValueError) as error:
         raise BitLMError(f"{path}: the dataset card cannot be read ({error})") from error
@@ -112,9 +108,7 @@ def read_card(prefix: str | Path) -> Card:
         raise BitLMError(f"{path}: not a card of a {FORMAT}")
     version = content.pop("version", None)
     if version != VERSION:
-        raise BitLMError(
-            f"{path}: card version {version!r}, this release reads version {VERSION}: preprocess again"
-        )
+        raise BitLMError(f"{path}: card version {version!r}, this release reads version {VERSION}: preprocess again")
     kinds = {field.name: field.type for field in dataclasses.fields(Card)}
     missing, unknown = sorted(kinds.keys() - content.keys()), sorted(content.keys() - kinds.keys())
     if missing or unknown:
@@ -138,9 +132,7 @@ def index_content(num_bytes_d: np.ndarray) -> bytes:
     header = _INDEX_HEADER.pack(_INDEX_MAGIC, 1, _UINT8_CODE, num_documents, num_documents + 1)
     pointers = np.cumsum(num_bytes_d, dtype=np.int64) - num_bytes_d
     boundaries = np.arange(num_documents + 1, dtype=np.int64)
-    return (
-        header + num_bytes_d.astype("<i4").tobytes() + pointers.astype("<i8").tobytes() + boundaries.tobytes()
-    )
+    return header + num_bytes_d.astype("<i4").tobytes() + pointers.astype("<i8").tobytes() + boundaries.tobytes()
 
 
 def read_document_lengths(prefix: str | Path, card: Card) -> np.ndarray:
@@ -199,9 +191,7 @@ def load_dataset_tokenizer(prefix: str | Path) -> Tokenizer:
         raise BitLMError(f"{folder}: missing, though {dataset_path(prefix, '.json')} needs it")
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != card.vocab_size:
-        raise BitLMError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the card says {card.vocab_size}"
-        )
+        raise BitLMError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the card says {card.vocab_size}")
     if tokenizer.fingerprint != card.tokenizer_fingerprint:
         raise BitLMError(f"{folder}: not the tokenizer the dataset was made with (its fingerprint differs)")
     return tokenizer
@@ -232,6 +222,4 @@ def load_code(vocab_size: int, code_map: str | Path | None) -> BinaryCode:
     try:
         return BinaryCode(vocab_size, None if code_map is None else np.load(code_map, allow_pickle=False))
     except (OSError, EOFError, ValueError) as error:
-        raise BitLMError(
-            f"{where}: cannot serve as code map ({error})" if code_map else f"{error}"
-        ) from error
+        raise BitLMError(f"{where}: cannot serve as code map ({error})" if code_map else f"{error}") from error

@@ -88,14 +88,10 @@ def open_corpus(
         num_bytes = sum(len(text.encode()) for text in texts)
         return Corpus([INSTALLED_DOCS], text_key, paragraphs, num_bytes, texts)
     if not inputs:
-        raise BitLMError(
-            "nothing to read: give `input` files, folders or hub names, or `corpus: installed-docs`"
-        )
+        raise BitLMError("nothing to read: give `input` files, folders or hub names, or `corpus: installed-docs`")
     sources: list[str] = []
     for name in inputs:
-        sources += (
-            [name] if name.startswith(_HUB) else [str(path) for path in _expand(Path(name).expanduser())]
-        )
+        sources += [name] if name.startswith(_HUB) else [str(path) for path in _expand(Path(name).expanduser())]
     known_size = not any(source.startswith(_HUB) for source in sources)
     num_input_bytes = sum(os.path.getsize(source) for source in sources) if known_size else None
     return Corpus(sources, text_key, paragraphs, num_input_bytes)
@@ -132,7 +128,5 @@ def _hub_texts(source: str, text_key: str) -> Iterator[str]:
         raise BitLMError(f"input {source}: cannot be loaded by the datasets library ({error})") from error
     for number, row in enumerate(rows):
         if not isinstance(row.get(text_key), str):
-            raise BitLMError(
-                f"input {source} row {number}: no text under {text_key!r} (keys: {', '.join(row)})"
-            )
+            raise BitLMError(f"input {source} row {number}: no text under {text_key!r} (keys: {', '.join(row)})")
         yield repaired(row[text_key])

@@ -204,9 +204,7 @@ def _compressed_units(path: Path, text_key: str) -> Iterator[Unit]:
                 try:
                     chunk = stream.read(UNIT_NUM_BYTES)
                 except Exception as error:  # zlib.error, EOFError, BadGzipFile, ZstdError
-                    raise BitLMError(
-                        f"{path} after line {first_line}: broken compressed file ({error})"
-                    ) from error
+                    raise BitLMError(f"{path} after line {first_line}: broken compressed file ({error})") from error
                 content, newline, tail = (rest + chunk).rpartition(b"\n") if chunk else (rest, b"", b"")
                 rest = tail
                 if content:
@@ -231,9 +229,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 def _parquet_units(path: Path, text_key: str, version: str) -> Iterator[Unit]:
     with _open_parquet(str(path)) as file:
         if text_key not in file.schema_arrow.names:
-            raise BitLMError(
-                f"{path}: no column {text_key!r} (columns: {', '.join(file.schema_arrow.names)})"
-            )
+            raise BitLMError(f"{path}: no column {text_key!r} (columns: {', '.join(file.schema_arrow.names)})")
         groups: list[int] = []
         size = 0
         for index in range(file.num_row_groups):

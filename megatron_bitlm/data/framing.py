@@ -61,15 +61,11 @@ def unframe(ids: np.ndarray, *, block_size: int, bos_id: int, eos_id: int) -> np
     body = ids[block_size:]
     num_eos = int(np.argmax(body[::-1] != eos_id)) if (body != eos_id).any() else len(body)
     if not 1 <= num_eos <= block_size or (ids[:block_size] != bos_id).any():
-        raise BitLMError(
-            f"a document does not start with {block_size} BOS and end with 1 to {block_size} EOS"
-        )
+        raise BitLMError(f"a document does not start with {block_size} BOS and end with 1 to {block_size} EOS")
     return body[: len(body) - num_eos]
 
 
-def pack_documents(
-    framed: np.ndarray, num_blocks_d: np.ndarray, code: BinaryCode, block_size: int
-) -> np.ndarray:
+def pack_documents(framed: np.ndarray, num_blocks_d: np.ndarray, code: BinaryCode, block_size: int) -> np.ndarray:
     """Bytes of framed documents back to back, each a byte-aligned run of bits: uint8.
 
     Raises:

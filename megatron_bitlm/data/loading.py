@@ -62,8 +62,7 @@ def collate(
     packed = torch.from_numpy(np.stack([item["packed"] for item in items]))
     num_blocks = packed.shape[1] - 1
     starts = [
-        row * num_blocks
-        + (item["document_starts"].astype(np.int64) if isolate else np.zeros(1, dtype=np.int64))
+        row * num_blocks + (item["document_starts"].astype(np.int64) if isolate else np.zeros(1, dtype=np.int64))
         for row, item in enumerate(items)
     ]
     offsets = np.concatenate([*starts, [len(items) * num_blocks]]) * block_size
@@ -109,9 +108,7 @@ class SampleLoader:
         if micro_batch_size < 1:
             raise BitLMError(f"micro_batch_size is {micro_batch_size}, it must be at least 1")
         if not 0 <= data_parallel_rank < data_parallel_size:
-            raise BitLMError(
-                f"data-parallel rank {data_parallel_rank} of {data_parallel_size} does not exist"
-            )
+            raise BitLMError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size} does not exist")
         if consumed_samples < 0:
             raise BitLMError(f"consumed_samples is {consumed_samples}, it must not be negative")
         end = len(dataset) if end_sample is None else min(end_sample, len(dataset))

@@ -78,9 +78,7 @@ class DataConfig:
             if len(self.weights) != len(self.paths):
                 raise BitLMError(f"weights has {len(self.weights)} values for {len(self.paths)} paths")
             if not all(np.isfinite(weight) and weight > 0 for weight in self.weights):
-                raise BitLMError(
-                    f"weights {self.weights} must all be positive; leave a dataset out of `paths` instead"
-                )
+                raise BitLMError(f"weights {self.weights} must all be positive; leave a dataset out of `paths` instead")
         self.split_fractions()
 
     def split_fractions(self) -> tuple[float, float]:
@@ -95,9 +93,7 @@ class DataConfig:
             shares = []
         valid = len(shares) in (2, 3) and all(np.isfinite(share) and share >= 0 for share in shares)
         if not valid or shares[0] == 0:
-            raise BitLMError(
-                f"split {self.split!r} is not shares of training, validation and rest such as 98,2,0"
-            )
+            raise BitLMError(f"split {self.split!r} is not shares of training, validation and rest such as 98,2,0")
         return shares[0] / sum(shares), shares[1] / sum(shares)
 
 
@@ -150,9 +146,7 @@ class PackedSamples(GPTDataset):
         lengths[0] -= offset
         starts = np.cumsum(lengths) - lengths
         parts = [
-            self.dataset.get(
-                int(document), offset if i == 0 else 0, int(min(lengths[i], num_blocks - starts[i]))
-            )
+            self.dataset.get(int(document), offset if i == 0 else 0, int(min(lengths[i], num_blocks - starts[i])))
             for i, document in enumerate(documents)
         ]
         starts = starts[starts < num_blocks - 1] if self.config.isolate_documents else starts[:1]
@@ -326,9 +320,7 @@ def _build_split(
         isolate_documents=config.isolate_documents,
         index_cache_dir=config.cache_dir,
     )
-    sample_config.split_matrix = [
-        (parts[0].begin, parts[0].end) if split is which else None for split in Split
-    ]
+    sample_config.split_matrix = [(parts[0].begin, parts[0].end) if split is which else None for split in Split]
     sizes = [size if split is which else (None if shares is None else 0) for split in Split]
     with _quiet_megatron():
         builder = BlendedMegatronDatasetBuilder(PackedSamples, sizes, is_built_on_rank, sample_config)

@@ -111,7 +111,8 @@ class PartialDataset:
         except OSError as error:
             raise BitLMError(f"output {self._prefix}: cannot write there ({error.strerror})") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A record lock belongs to this process alone: workers that outlive a killed one by a moment have none.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             raise BitLMError(f"{self._folder}: another process is writing this dataset") from error
@@ -250,9 +251,7 @@ class PartialDataset:
         for suffix in (".json",) if publishing else (".json", ".bin", ".idx", ".tokenizer", ".code_map.npy"):
             target = dataset_path(self._prefix, suffix)
             if target.exists():
-                raise BitLMError(
-                    f"output {target} exists and is not overwritten: remove it or choose another output"
-                )
+                raise BitLMError(f"output {target} exists and is not overwritten: remove it or choose another output")
 
     def _read_settings(self) -> None:
         if not (self._folder / "settings.json").exists():

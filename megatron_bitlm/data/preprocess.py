@@ -164,9 +164,7 @@ def _settle_tokenizer(config: PreprocessConfig, corpus: Corpus, partial: Partial
         return load_tokenizer(config.tokenizer, **options)
     size = config.tokenizer.removeprefix(_TRAIN_BPE)
     if not config.tokenizer.startswith(_TRAIN_BPE) or not size.isdigit():
-        raise BitLMError(
-            f"tokenizer {config.tokenizer!r}: to train one write train:bpe:SIZE, e.g. train:bpe:4096"
-        )
+        raise BitLMError(f"tokenizer {config.tokenizer!r}: to train one write train:bpe:SIZE, e.g. train:bpe:4096")
     for name in ("bos_token", "eos_token", "pattern"):
         if getattr(config, name) is not None:
             raise BitLMError(f"{name} does not apply to a trained tokenizer: leave it out")
@@ -217,9 +215,7 @@ def _encode_corpus(
                 break
 
 
-def _encoded(
-    units: Iterator[Unit], encoding: _Encoding, num_workers: int
-) -> Iterator[tuple[Unit, EncodedUnit]]:
+def _encoded(units: Iterator[Unit], encoding: _Encoding, num_workers: int) -> Iterator[tuple[Unit, EncodedUnit]]:
     """Units with their encoded documents, in order; a few units are in work ahead of the one that is due."""
     if num_workers == 1:
         for unit in units:
@@ -264,9 +260,7 @@ def _encode_unit(unit: Unit, encoding: _Encoding) -> EncodedUnit:
         try:
             content = pack_documents(framed, num_blocks_d, code, block_size)
         except ValueError as error:
-            raise BitLMError(
-                f"{unit.label}: the tokenizer gave an id that is none of its own ({error})"
-            ) from error
+            raise BitLMError(f"{unit.label}: the tokenizer gave an id that is none of its own ({error})") from error
         num_text_bytes_d = np.array([len(texts[i].encode()) for i in kept], dtype=np.int64)
         num_bytes_d = document_num_bytes(num_blocks_d, block_size * code.num_bits)
         if num_bytes_d.max() >= 2**31:

@@ -25,8 +25,7 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LETTERS_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SPLIT_PATTERNS = {
-    "qwen": _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen": _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "cl100k": _CONTRACTIONS
     + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTERS_UPPER}*{_LETTERS_LOWER}+{_CONTRACTIONS}?"
@@ -84,9 +83,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def token_num_bytes(self) -> np.ndarray:
         """UTF-8 bytes each id stands for, int64 [V]; 0 for BOS and EOS."""
-        lengths = [
-            len(self._encoding.decode_single_token_bytes(token)) for token in range(self.vocab_size - 2)
-        ]
+        lengths = [len(self._encoding.decode_single_token_bytes(token)) for token in range(self.vocab_size - 2)]
         return np.array([*lengths, 0, 0], dtype=np.int64)
 
     def _content(self) -> dict[str, bytes]:
@@ -139,9 +136,7 @@ class SentencePieceTokenizer(Tokenizer):
             return found
         found = self._processor.bos_id() if which == "bos" else self._processor.eos_id()
         if found < 0:
-            raise BitLMError(
-                f"tokenizer {name}: the model has no {which.upper()} piece; name one with {which}_token"
-            )
+            raise BitLMError(f"tokenizer {name}: the model has no {which.upper()} piece; name one with {which}_token")
         return found
 
     def _encode_array(self, text: str) -> np.ndarray:
@@ -198,9 +193,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def token_num_bytes(self) -> np.ndarray:
         """UTF-8 bytes each id stands for, int64 [V]; 0 for special and unused ids."""
-        byte_level = '"ByteLevel"' in json.dumps(
-            [self._description.get(k) for k in ("decoder", "pre_tokenizer")]
-        )
+        byte_level = '"ByteLevel"' in json.dumps([self._description.get(k) for k in ("decoder", "pre_tokenizer")])
         num_bytes = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, token in self._tokenizer.get_vocab(with_added_tokens=False).items():
             num_bytes[token] = len(piece) if byte_level else _piece_num_bytes(piece)
@@ -213,9 +206,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return {"tokenizer.json": self._json_file}
 
 
-def huggingface_from_files(
-    path: Path, *, bos_token: str | None, eos_token: str | None
-) -> HuggingFaceTokenizer:
+def huggingface_from_files(path: Path, *, bos_token: str | None, eos_token: str | None) -> HuggingFaceTokenizer:
     """Tokenizer from a ``tokenizer.json``; BOS and EOS come from ``tokenizer_config.json`` beside it, if any.
 
     Raises:
@@ -245,9 +236,7 @@ def huggingface_from_name(name: str, *, bos_token: str | None, eos_token: str | 
         content = loaded.backend_tokenizer.to_str().encode()
     except Exception as error:  # transformers raises many kinds here; each means the name is of no use
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BitLMError(
-            f"tokenizer {name!r}: neither a file here nor loadable from the hub ({reason})"
-        ) from error
+        raise BitLMError(f"tokenizer {name!r}: neither a file here nor loadable from the hub ({reason})") from error
     configured = {"bos_token": loaded.bos_token, "eos_token": loaded.eos_token}
     return _huggingface(content, configured, bos_token, eos_token, name)
 
@@ -264,9 +253,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 258:
-        raise BitLMError(
-            f"tokenizer train:bpe:{vocab_size}: at least 258 ids are needed (256 bytes, BOS, EOS)"
-        )
+        raise BitLMError(f"tokenizer train:bpe:{vocab_size}: at least 258 ids are needed (256 bytes, BOS, EOS)")
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -283,18 +270,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
             "ask for that many or give more text"
         )
     content = library.to_str().encode()
-    return HuggingFaceTokenizer(
-        content, library.token_to_id(TRAINED_BOS), library.token_to_id(TRAINED_EOS), "trained"
-    )
+    return HuggingFaceTokenizer(content, library.token_to_id(TRAINED_BOS), library.token_to_id(TRAINED_EOS), "trained")
 
 
 def _huggingface(
     content: bytes, configured: dict[str, str | None], bos_token: str | None, eos_token: str | None, name: str
 ) -> HuggingFaceTokenizer:
     description = _parse_tokenizer_json(content, name)
-    new_tokens = [
-        t.removeprefix("add:") for t in (bos_token, eos_token) if t is not None and t.startswith("add:")
-    ]
+    new_tokens = [t.removeprefix("add:") for t in (bos_token, eos_token) if t is not None and t.startswith("add:")]
     if new_tokens:
         content = _with_added_tokens(description, new_tokens, name)
         bos_token, eos_token = (t and t.removeprefix("add:") for t in (bos_token, eos_token))

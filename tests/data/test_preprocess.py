@@ -211,9 +211,18 @@ def test_workers_end_with_a_killed_parent(tmp_path, jsonl):
 
 
 def test_two_writers_at_once_are_refused(tmp_path, jsonl):
-    held = partial.PartialDataset(str(tmp_path / "out"), {})
-    with held, pytest.raises(BitLMError, match="another process"):
-        run(tmp_path / "out", jsonl)
+    code = (
+        "import sys, time\nfrom megatron_bitlm.data.partial import PartialDataset\n"
+        "with PartialDataset(sys.argv[1], {}):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(BitLMError, match="another process"):
+            run(tmp_path / "out", jsonl)
+        holder.communicate()
+    run(tmp_path / "out", jsonl)
 
 
 # --------------------------------------------------------------------------------------------- bad input
