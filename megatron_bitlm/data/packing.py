@@ -47,22 +47,25 @@ _AGREE = ("vocab_size", "block_size", "code_map_hash", "tokenizer_fingerprint")
 
 @dataclass
 class DataConfig:
-    """Datasets to train on and how to cut samples from them."""
+    """Datasets to train on and how to cut samples from them.
+
+    Attributes:
+        paths: Prefixes of datasets made by `bitlm preprocess`.
+        weights: Share of samples of each dataset; by default in proportion to their sizes.
+        sequence_length: S, tokens of a sample; a multiple of the dataset's block_size.
+        split: Shares of documents, in dataset order, for training, validation and neither.
+        isolate_documents: Attention stays within a document; off, it reaches over everything in the sample.
+        num_workers: Processes that load samples ahead; 0 loads in the training process.
+        cache_dir: Folder for the sample indices; by default every process keeps them in memory.
+    """
 
     paths: list[str] = field(default_factory=list)
-    """Prefixes of datasets made by `bitlm preprocess`."""
     weights: list[float] | None = None
-    """Share of samples of each dataset; by default in proportion to their sizes."""
     sequence_length: int = 512
-    """S, tokens of a sample; a multiple of the dataset's block_size."""
     split: str = "98,2,0"
-    """Shares of documents, in dataset order, for training, validation and neither."""
     isolate_documents: bool = True
-    """Attention stays within a document; off, it reaches over everything in the sample."""
     num_workers: int = 0
-    """Processes that load samples ahead; 0 loads in the training process."""
     cache_dir: str | None = None
-    """Folder for the sample indices; by default every process keeps them in memory."""
 
     def __post_init__(self) -> None:
         """Checks values that need no file.

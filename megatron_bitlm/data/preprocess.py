@@ -37,43 +37,46 @@ _BATCH_NUM_CHARS = 1 << 19  # keeps the unpacked bits of a batch within a few te
 
 @dataclass(kw_only=True)
 class PreprocessConfig:
-    """What to turn into a dataset, and how."""
+    """What to turn into a dataset, and how.
+
+    Attributes:
+        output: Prefix of the files to write: OUTPUT.bin, OUTPUT.idx, OUTPUT.json, OUTPUT.tokenizer/. Never
+            overwritten.
+        tokenizer: `bytes`, a tokenizer.json, a Hugging Face folder or hub name, a SentencePiece .model, a .tiktoken
+            ranks file, a tokenizer saved with a dataset, or `train:bpe:SIZE` to train one on the corpus (SIZE
+            includes BOS and EOS).
+        input: JSONL files (plain, .gz, .zst), Parquet files, text files, folders of these, or
+            hub:NAME[[:CONFIG]:SPLIT].
+        corpus: `installed-docs`: the documentation of the installed Python packages, in place of `input`.
+        block_size: m, tokens generated together; the dataset is made for one m.
+        num_workers: Processes; all usable cores by default. The output does not depend on it.
+        text_key: Key of a JSONL record, or column of a Parquet or hub dataset, that holds the text.
+        paragraphs: Text files hold one document per paragraph (separated by blank lines) instead of one per file.
+        code_map: .npy file with a permutation of the ids to apply before taking bits; none by default.
+        bos_token: Token to use as BOS (Hugging Face, SentencePiece); `add:TOKEN` adds one (Hugging Face).
+        eos_token: Token to use as EOS (Hugging Face, SentencePiece); `add:TOKEN` adds one (Hugging Face).
+        pattern: Split pattern of a .tiktoken file whose number of ranks is not known: qwen, cl100k, o200k, gpt2 or
+            a regex.
+        tokenizer_train_bytes: UTF-8 bytes from the start of the corpus that `train:bpe` trains on.
+        max_documents: Stop after this many documents (empty ones not counted).
+        log_interval_seconds: Time between progress lines when standard error is not a terminal.
+    """
 
     output: str
-    """Prefix of the files to write: OUTPUT.bin, OUTPUT.idx, OUTPUT.json, OUTPUT.tokenizer/. Never
-    overwritten."""
     tokenizer: str
-    """`bytes`, a tokenizer.json, a Hugging Face folder or hub name, a SentencePiece .model, a .tiktoken ranks
-    file, a tokenizer saved with a dataset, or `train:bpe:SIZE` to train one on the corpus (SIZE includes BOS
-    and EOS)."""
     input: list[str] = field(default_factory=list)
-    """JSONL files (plain, .gz, .zst), Parquet files, text files, folders of these, or
-    hub:NAME[[:CONFIG]:SPLIT]."""
     corpus: str | None = None
-    """`installed-docs`: the documentation of the installed Python packages, in place of `input`."""
     block_size: int = 4
-    """m, tokens generated together; the dataset is made for one m."""
     num_workers: int | None = None
-    """Processes; all usable cores by default. The output does not depend on it."""
     text_key: str = "text"
-    """Key of a JSONL record, or column of a Parquet or hub dataset, that holds the text."""
     paragraphs: bool = False
-    """Text files hold one document per paragraph (separated by blank lines) instead of one per file."""
     code_map: str | None = None
-    """.npy file with a permutation of the ids to apply before taking bits; none by default."""
     bos_token: str | None = None
-    """Token to use as BOS (Hugging Face, SentencePiece); `add:TOKEN` adds one (Hugging Face)."""
     eos_token: str | None = None
-    """Token to use as EOS (Hugging Face, SentencePiece); `add:TOKEN` adds one (Hugging Face)."""
     pattern: str | None = None
-    """Split pattern of a .tiktoken file whose number of ranks is not known: qwen, cl100k, o200k, gpt2 or a
-    regex."""
     tokenizer_train_bytes: int = 268_435_456
-    """UTF-8 bytes from the start of the corpus that `train:bpe` trains on."""
     max_documents: int | None = None
-    """Stop after this many documents (empty ones not counted)."""
     log_interval_seconds: float = 10.0
-    """Time between progress lines when standard error is not a terminal."""
 
     def __post_init__(self) -> None:
         """Checks values.
