@@ -53,7 +53,7 @@ def block_causal_attention(
         ValueError: shapes, dtypes, offsets or block size that do not fit, an unknown backend, or one that
             cannot run on these tensors.
     """
-    _check_heads(q, k, v)
+    check_heads(q, k, v)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"q has {q.shape[1]} tokens a row and k and v have {k.shape[1]}")
     layout = _layout_of(q, block_size, cu_seqlens)
@@ -69,7 +69,7 @@ def block_causal_attention(
         return flex_block_causal_attention(q, k, v, layout, scale)
     if backend == "dense":
         mask = layout.keep("dense_mask", q.device, lambda: block_causal_mask(layout, q.device))
-        return _masked_attention(q, k, v, mask, scale)
+        return masked_attention(q, k, v, mask, scale)
     raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
 
 
@@ -109,7 +109,7 @@ def cached_block_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a ``key_start`` that hides the block itself.
     """
-    _check_heads(q, k, v)
+    check_heads(q, k, v)
     num_keys, num_slots = k.shape[1], q.shape[1]
     if num_keys < num_slots:
         raise ValueError(f"{num_keys} keys cannot include a block of {num_slots}")
@@ -121,10 +121,11 @@ def cached_block_attention(
         if key_start.device.type == "cpu" and bool((key_start > last_start).any()):
             raise ValueError(f"key_start {key_start.tolist()} hides part of the block at {last_start}")
         mask = (torch.arange(num_keys, device=q.device) >= key_start[:, None])[:, None, None, :]
-    return _masked_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    return masked_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention [B, S, H, d] to keys [B, T, Hk, d] where the mask, bool [B, 1, S, T], is True."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
@@ -146,7 +147,8 @@ def _layout_of(
     return cu_seqlens
 
 
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless queries, keys and values fit together but for their lengths."""
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(
             f"q, k and v need four axes, got shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"

@@ -21,6 +21,8 @@ G query heads per key head (H = P*G), D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -77,16 +79,48 @@ def _join_heads(x: Tensor, num_kv_heads: int) -> Tensor:
     return x.unflatten(0, (-1, num_kv_heads)).transpose(1, 2).flatten(2, 3)
 
 
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The forward pass alone: out [B, S, H, D], its lse [B, S, H], and what the kernel's backward pass asks for.
+
+    Inputs are contiguous. Softmax over further keys may be merged into out and lse before `flash_backward`.
+    """
+    causal_forward = _causal_forward_cuda if q.is_cuda else _causal_forward_cpu
+    out, lse, kernel_state = causal_forward(q, k, v, layout, scale)
+    if layout.block_size > 1:
+        out, lse = _merge_later_keys(out, lse, q, k, v, layout.block_size, scale)
+    return out, lse, kernel_state
+
+
+def flash_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kernel_state: Sequence[Tensor],
+    layout: BlockCausalLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `out` and `lse` are those of the softmax over ALL keys, merged or not."""
+    if q.is_cuda:
+        grads = _causal_backward_cuda(grad_out, q, k, v, out, lse, kernel_state, layout, scale)
+    else:
+        grads = _causal_backward_cpu(grad_out, q, k, v, out, lse, layout, scale)
+    if layout.block_size > 1:
+        _add_later_key_grads(grads, grad_out, q, k, v, out, lse, layout.block_size, scale)
+    return grads
+
+
 class _FlashBlockCausal(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
     ) -> Tensor:
         """The merged output, [B, S, H, D]."""
-        causal_forward = _causal_forward_cuda if q.is_cuda else _causal_forward_cpu
-        out, lse, kernel_state = causal_forward(q, k, v, layout, scale)
-        if layout.block_size > 1:
-            out, lse = _merge_later_keys(out, lse, q, k, v, layout.block_size, scale)
+        out, lse, kernel_state = flash_forward(q, k, v, layout, scale)
         ctx.save_for_backward(q, k, v, out, lse, *kernel_state)
         ctx.layout, ctx.scale = layout, scale  # type: ignore[attr-defined]
         return out
@@ -97,14 +131,8 @@ class _FlashBlockCausal(torch.autograd.Function):
         """Gradients of q, k and v."""
         q, k, v, out, lse, *kernel_state = ctx.saved_tensors  # type: ignore[attr-defined]
         layout, scale = ctx.layout, ctx.scale  # type: ignore[attr-defined]
-        grad_out = grad_out.contiguous()
         with torch.autocast(q.device.type, enabled=False):
-            if q.is_cuda:
-                grads = _causal_backward_cuda(grad_out, q, k, v, out, lse, kernel_state, layout, scale)
-            else:
-                grads = _causal_backward_cpu(grad_out, q, k, v, out, lse, layout, scale)
-            if layout.block_size > 1:
-                _add_later_key_grads(grads, grad_out, q, k, v, out, lse, layout.block_size, scale)
+            grads = flash_backward(grad_out.contiguous(), q, k, v, out, lse, kernel_state, layout, scale)
         return (*grads, None, None)
 
 
@@ -210,7 +238,7 @@ def _causal_backward_cuda(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kernel_state: list[Tensor],
+    kernel_state: Sequence[Tensor],
     layout: BlockCausalLayout,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
