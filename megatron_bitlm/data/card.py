@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from megatron_bitlm.data.files import sha256_file
-from megatron_bitlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bitlm.data.tokenizer import Tokenizer
+from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
 

@@ -9,6 +9,7 @@ Legend: B rows of a micro-batch, N input blocks of a sample, S tokens of a sampl
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,7 @@ class SampleLoader:
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_stop_signals_to_parent,
         )
 
     def __len__(self) -> int:
@@ -197,6 +199,12 @@ class _Collate:
     def __call__(self, numbered: list[tuple[int, Any]]) -> Batch:
         numbers, items = zip(*numbered, strict=True)
         return collate(items, numbers, block_size=self.block_size)
+
+
+def _leave_stop_signals_to_parent(worker: int) -> None:
+    """A scheduler signals every process of a job, but the parent needs its loaders until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _block_size(dataset: Any) -> int:

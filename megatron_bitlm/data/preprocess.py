@@ -26,7 +26,8 @@ from megatron_bitlm.data.corpus_units import UNIT_NUM_BYTES, Unit
 from megatron_bitlm.data.framing import check_block_bits, document_num_bytes, frame_documents, pack_documents
 from megatron_bitlm.data.partial import EncodedUnit, PartialDataset
 from megatron_bitlm.data.progress import CorpusProgress
-from megatron_bitlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bitlm.data.tokenizer import Tokenizer
+from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.data.workers import end_with_parent, num_usable_cores, pool_context
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode

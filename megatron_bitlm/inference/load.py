@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bitlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bitlm.data.tokenizer import Tokenizer
+from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.model.bitlm import BitLM

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bitlm.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
+from megatron_bitlm.data.tokenizer import BytesTokenizer, Tokenizer
 from megatron_bitlm.data.tokenizer_backends import train_bpe
+from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.errors import BitLMError
 
 CORPUS = [
