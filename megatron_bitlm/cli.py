@@ -77,9 +77,11 @@ def _pretrain(arguments: list[str]) -> None:
     from megatron_bitlm.config import parse_run
 
     config = parse_run(arguments)
+    from megatron_bitlm.training.signals import STOP_EXIT_STATUS
     from megatron_bitlm.training.trainer import pretrain
 
-    pretrain(config)
+    if pretrain(config).stopped:
+        sys.exit(STOP_EXIT_STATUS)
 
 
 def _generate(arguments: list[str]) -> None:

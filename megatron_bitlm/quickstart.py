@@ -39,6 +39,7 @@ from megatron_bitlm.inference.generate import Generator
 from megatron_bitlm.inference.load import LoadedModel, loaded_model
 from megatron_bitlm.method.sampler import SamplerConfig
 from megatron_bitlm.training.config import RunConfig
+from megatron_bitlm.training.signals import STOP_EXIT_STATUS
 from megatron_bitlm.training.trainer import pretrain
 
 PROMPTS = ("Return the number of ", "This function ", "Raises an error if the ")
@@ -79,7 +80,9 @@ def run_quickstart(arguments: list[str]) -> None:
         _make_dataset(prefix, config, options.tokenizer)
     with report.timed("pretrain"):
         _announce("pretrain", options.config, *overrides)
-        pretrain(config)
+        outcome = pretrain(config)
+    if outcome.stopped:
+        sys.exit(STOP_EXIT_STATUS)
     sampler = SamplerConfig(
         num_steps=options.steps, guidance=options.guidance, guidance_mode=options.guidance_mode, grid=options.grid
     )

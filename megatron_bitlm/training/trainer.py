@@ -17,16 +17,25 @@ from megatron_bitlm.training.likelihood import LikelihoodReport
 from megatron_bitlm.training.optimizer import gradient_norms_by_part
 from megatron_bitlm.training.run_folder import RunFolder
 from megatron_bitlm.training.session import DataFacts, Session, mean_visible_keys, read_data_facts
+from megatron_bitlm.training.signals import StopRequest
 from megatron_bitlm.training.step import StepResult
 
 
 @dataclass
 class Outcome:
-    """How a session of a run ended: the last step, whether the run is complete, the last validation of the session."""
+    """How a session of a run ended.
+
+    Attributes:
+        step: The last step.
+        finished: The run is complete.
+        validation: The last validation of the session.
+        stopped: The session was asked by a signal to stop, saved and ended before its last step.
+    """
 
     step: int
     finished: bool
     validation: LikelihoodReport | None
+    stopped: bool = False
 
 
 def pretrain(config: RunConfig) -> Outcome:
@@ -35,6 +44,11 @@ def pretrain(config: RunConfig) -> Outcome:
     Raises:
         BitLMError: Bad settings or data, a folder that holds another run, or a loss that is not finite.
     """
+    with StopRequest() as stop:
+        return _pretrain(config, stop)
+
+
+def _pretrain(config: RunConfig, stop: StopRequest) -> Outcome:
     folder = RunFolder(config.run.directory)
     facts = check_run(config, folder)
     state = initialize_parallel(config.parallel, seed=config.run.seed, model=config.model.resolve_backbone())
@@ -43,7 +57,7 @@ def pretrain(config: RunConfig) -> Outcome:
         if state.is_main:
             folder.claim(config)
         callbacks = _callbacks(config, folder) if state.is_main else []
-        return Loop(session, folder, callbacks).run()
+        return Loop(session, folder, callbacks, stop).run()
     finally:
         shutdown_parallel()
 
@@ -79,10 +93,11 @@ class Loop:
         session: Model, data and optimizer.
         folder: The run's folder.
         callbacks: Told of every step (on the main process).
+        stop: Asked before every step whether to end the session there.
     """
 
-    def __init__(self, session: Session, folder: RunFolder, callbacks: list[Callback]) -> None:
-        self.session, self.folder, self.callbacks = session, folder, callbacks
+    def __init__(self, session: Session, folder: RunFolder, callbacks: list[Callback], stop: StopRequest) -> None:
+        self.session, self.folder, self.callbacks, self.stop = session, folder, callbacks, stop
         config, facts = session.config, session.facts
         flops = training_flops_per_token(
             config.model, facts.card.num_bits, config.objective.samples_per_block, mean_visible_keys(config)
@@ -97,17 +112,29 @@ class Loop:
         config = self.session.config
         start = self._resume()
         last = min(config.training.num_steps, config.training.stop_after_steps or config.training.num_steps)
+        reached = max(start, last)
         try:
             for callback in self.callbacks:
                 callback.on_start(start, last)
             self._announce(start)
             batches = iter(self.session.loader(start * config.training.global_batch_size))
             for step in range(start + 1, last + 1):
+                if self.stop.agreed(self.session.state.device):
+                    reached = step - 1
+                    self._stop_at(reached, start)
+                    break
                 self._one_step(step, batches, last)
         finally:
             for callback in self.callbacks:
                 callback.on_end()
-        return Outcome(max(start, last), last == config.training.num_steps, self.validation)
+        finished = last == config.training.num_steps and reached >= last
+        return Outcome(reached, finished, self.validation, stopped=reached < last)
+
+    def _stop_at(self, step: int, start: int) -> None:
+        if step > start:
+            self._save(step)
+        for callback in self.callbacks:
+            callback.on_message(f"asked to stop: {self.folder.path} stops at step {step} and can be resumed")
 
     def _one_step(self, step: int, batches: Any, last: int) -> None:
         config = self.session.config
@@ -124,7 +151,10 @@ class Loop:
         for callback in self.callbacks:
             callback.on_step(record)
         if _is_due(step, config.checkpoint.interval_steps) or step == last:
-            self.session.checkpoints.save(step, self._meta(), self.session.facts.tokenizer, self.session.facts.code)
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        self.session.checkpoints.save(step, self._meta(), self.session.facts.tokenizer, self.session.facts.code)
 
     def _record(self, step: int, result: StepResult, norms: dict[str, float], seconds: float) -> Record:
         record: Record = {
