@@ -115,6 +115,7 @@ class Session:
             scheduler,
             DenoisingObjective(config.objective, facts.code, config.run.seed),
             self._flips(),
+            block_size=config.model.block_size,
             sequence_parallel=parallel.sequence_parallel,
             device=state.device,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,13 +99,13 @@ class PipelineRunner:
         )
 
 
-def training_loss(scored: ScoredBlocks) -> tuple[Tensor, Tensor, Tensor]:
+def training_loss(scored: ScoredBlocks, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """(sum over this rank's valid blocks, int32 count of the micro-batch's valid blocks, detached sums).
 
     megatron-core divides the sum of gradients by the global count, so a step is the same at every accumulation and
     layout (BitLM eq. 20).
     """
-    total, sums = step_sums(scored.scores, scored.counts.valid, scored.scores.invalid.shape[-1])
+    total, sums = step_sums(scored.scores, scored.counts.valid, block_size)
     return total, scored.num_valid.int(), sums
 
 
@@ -137,6 +138,7 @@ class TrainingStep:
         optimizer, scheduler: megatron-core's.
         objective: The denoising objective.
         flips: Input bit flips or None.
+        block_size: M.
         sequence_parallel: Whether tensor-parallel ranks hold shards of the sequence.
         device: Where the sums live.
     """
@@ -149,9 +151,11 @@ class TrainingStep:
         objective: Objective,
         flips: BitFlips | None,
         *,
+        block_size: int,
         sequence_parallel: bool,
         device: torch.device,
     ) -> None:
+        self.loss_function = partial(training_loss, block_size=block_size)
         self.runner, self.optimizer, self.scheduler = runner, optimizer, scheduler
         self.objective, self.flips = objective, flips
         self.sequence_parallel, self.device = sequence_parallel, device
@@ -165,7 +169,7 @@ class TrainingStep:
         for chunk in self.runner.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reported = self.runner.run(inputs, self.objective, training_loss, flips=self.flips)
+        reported = self.runner.run(inputs, self.objective, self.loss_function, flips=self.flips)
         sums = torch.stack(reported).sum(0) if reported else torch.zeros(NUM_SUMS, device=self.device)
         metrics = StepMetrics.from_sums(add_over_ranks(sums, sequence_parallel=self.sequence_parallel))
         self._check("loss", metrics.loss, step)
