@@ -18,7 +18,8 @@ NUM_SUMS = _FIXED + 2 * NUM_TIME_BUCKETS
 def step_sums(losses: BlockLosses, valid: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """(objective sum with gradient, all sums detached as float32 [NUM_SUMS]) over the valid blocks.
 
-    `valid` is bool [B, N], `block_size` is M, the slots of a block; the objective sum counts every block once (the mean over its elements).
+    `valid` is bool [B, N], `block_size` is M, the slots of a block; the objective sum counts every block once (the mean
+    over its elements).
     """
     weight = valid.float()
     objective = (losses.objective * weight).sum()
