@@ -1,7 +1,7 @@
 """A tiny model learns a few documents by heart and writes them down again: the whole chain from text to text.
 
-Nothing in this chain may be off by one block, one slot or one bit: a shifted target, a condition from the wrong block, a
-mask that hides the prompt or a cache that differs from training would all leave the loss low or the text wrong.
+Nothing in this chain may be off by one block, one slot or one bit: a shifted target, a condition from the wrong block,
+a mask that hides the prompt or a cache that differs from training would leave the loss high or the text wrong.
 """
 
 import pytest
