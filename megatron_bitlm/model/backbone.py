@@ -211,16 +211,18 @@ class Backbone(MegatronModule):
         """One micro-batch through this stage's layers.
 
         Args:
-            codes_BSK: +-1 codes of the tokens on the first stage, None elsewhere.
+            codes_BSK: +-1 codes of the tokens on the first stage, None elsewhere; with context parallelism those of
+                this rank's share of the sequence, `own_layout(layout).shard`.
             layout: documents and positions of the whole micro-batch.
 
         Returns:
-            Hidden states [S, B, D], after the final norm on the last stage; with sequence parallelism this
-            tensor-parallel rank's [S / ranks, B, D].
+            Hidden states [S, B, D] of these tokens, after the final norm on the last stage; with sequence parallelism
+            this tensor-parallel rank's [S / ranks, B, D].
 
         Raises:
             BitLMError: with sequence parallelism, a sequence that does not divide into whole blocks a rank.
         """
+        layout = self.own_layout(layout)
         if self.config.sequence_parallel:
             self._check_shards(layout)
         hidden = None
@@ -242,6 +244,11 @@ class Backbone(MegatronModule):
         if layout.kv_cache is not None:
             layout.kv_cache.advance(layout.positions.shape[1])
         return hidden
+
+    def own_layout(self, layout: SequenceLayout) -> SequenceLayout:
+        """The part of a micro-batch's layout that this context-parallel rank holds."""
+        group = self.pg_collection.cp
+        return layout.for_context_rank(group.rank(), group.size())
 
     def _check_shards(self, layout: SequenceLayout) -> None:
         """The head scores whole blocks, so every rank's shard of the sequence must be whole blocks."""

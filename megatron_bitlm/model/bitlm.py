@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -36,8 +35,9 @@ class Objective(Protocol):
 class ScoredBlocks:
     """What the last stage hands to the loss function.
 
-    scores: the objective's result over the B x N blocks this rank holds; counts: of the same blocks; num_valid: valid
-    blocks of the whole micro-batch, over all tensor-parallel shards.
+    scores: the objective's result over the B x N blocks this rank holds; counts: of the same blocks; block: their
+    numbers in the sample; num_valid: valid blocks over all tensor-parallel shards of the sequence, but of this
+    context-parallel rank's share only (megatron-core adds the counts of those ranks up).
     """
 
     scores: object
@@ -112,30 +112,30 @@ class BitLM(Backbone):
         Returns:
             Hidden states [S, B, D] to the next stage, or on the last stage the scored blocks.
         """
+        layout = self.own_layout(layout)
+        block = layout.blocks(packed.shape[1] - 1)
         codes = None
         if self.pre_process:
-            codes = self.code.unpack_codes(packed[:, :-1], self.block_size)
+            codes = self.code.unpack_codes(packed[:, block], self.block_size)
             if flips is not None:
-                block = torch.arange(codes.shape[1], device=codes.device)
                 codes = flip_bits(codes, flips.probability, flips.seed, sample_index, block)
             codes = codes.flatten(1, 2)
         hidden = super().forward(codes, layout)
         if not self.post_process:
             return hidden
-        return self._score(hidden, packed, sample_index, objective)
+        return self._score(hidden, packed, block, sample_index, objective)
 
     def states(self, codes: Tensor, layout: SequenceLayout) -> Tensor:
         """Final states [S, B, D] of codes [B, S, K], without the head; for generation on one pipeline stage."""
         return super().forward(codes, layout)
 
     def _score(
-        self, hidden: Tensor, packed: Tensor, sample_index: Tensor, objective: Objective | None
+        self, hidden: Tensor, packed: Tensor, block: Tensor, sample_index: Tensor, objective: Objective | None
     ) -> ScoredBlocks:
         if objective is None:
             raise ValueError("the last pipeline stage needs an objective")
-        clean = self.code.unpack_codes(packed[:, 1:], self.block_size)
+        clean = self.code.unpack_codes(packed[:, 1 + block], self.block_size)
         counts = self.counter(clean)
-        block = torch.arange(clean.shape[1], device=clean.device)
         num_valid = counts.valid.sum()
         if self.config.sequence_parallel:
             clean, counts, block = self._shard(clean, counts, block)

@@ -11,9 +11,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.attention import block_causal_attention, cached_block_attention
+from megatron_bitlm.method.attention_shard import shard_block_causal_attention
 from megatron_bitlm.model.layout import SequenceLayout
+from megatron_bitlm.parallel.context import gather_keys_values
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -134,11 +135,7 @@ class BlockCausalCoreAttention(nn.Module):
         **_unused: Any,  # attention and mask types, and how context parallelism communicates
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise BitLMError(
-                f"parallel.context_parallel_size is {config.context_parallel_size}, but block-causal "
-                "attention over several ranks is not available in this version; use 1"
-            )
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.layer_number, self.block_size = layer_number, block_size
         self.backend, self.softmax_scale = backend, softmax_scale
 
@@ -152,14 +149,23 @@ class BlockCausalCoreAttention(nn.Module):
         packed_seq_params: SequenceLayout,
         **_unused: Any,
     ) -> Tensor:
-        """Queries [S, B, H, D], keys and values [S, B, H_kv, D] before RoPE -> [S, B, H * D]."""
+        """Queries [S, B, H, D], keys and values [S, B, H_kv, D] before RoPE -> [S, B, H * D].
+
+        With context parallelism S is the rank's share of the row.
+        """
         layout = packed_seq_params
         query, key = (apply_rotary(x, layout.rotary) for x in (query, key))
+        if self.context_group is not None:
+            key, value = gather_keys_values(key, value, self.context_group)
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         cache = layout.kv_cache
         if cache is not None:
             cached_keys, cached_values = cache.append(self.layer_number, key, value)
-        if layout.attention is not None:
+        if layout.shard is not None:
+            out = shard_block_causal_attention(
+                query, key, value, shard=layout.shard, backend=self.backend, scale=self.softmax_scale
+            )
+        elif layout.attention is not None:
             out = block_causal_attention(
                 query,
                 key,

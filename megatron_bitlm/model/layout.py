@@ -8,13 +8,14 @@ head.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_bitlm.method.attention_layout import BlockCausalLayout
+from megatron_bitlm.method.attention_shard import SequenceShard
 
 
 class KVCache:
@@ -73,17 +74,17 @@ class KVCache:
 class SequenceLayout(PackedSeqParams):
     """Documents of one micro-batch; build it with one of the three class methods.
 
-    attention: the documents, for attention; None behind a cache. positions: int64 [B, S], of a token in its
-        document.
-    rotary: cosines and sines of the positions, which the backbone adds. kv_cache: where there is one, keys
-        and values
-    are stored in it.
+    attention: the documents of the whole rows, for attention; None behind a cache. positions: int64 [B, S], of a token
+    in its document. rotary: cosines and sines of the positions, which the backbone adds. kv_cache: where there is one,
+    keys and values are stored in it. shard: the tokens held here, where context-parallel ranks share the rows;
+    positions are then theirs.
     """
 
     attention: BlockCausalLayout | None = None
     positions: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     kv_cache: KVCache | None = None
+    shard: SequenceShard | None = None
 
     @classmethod
     def from_batch(
@@ -151,3 +152,27 @@ class SequenceLayout(PackedSeqParams):
         if kv_cache.key_start is not None:
             positions = positions - kv_cache.key_start.to(device)[:, None]
         return cls(qkv_format="sbhd", positions=positions, kv_cache=kv_cache)
+
+    def for_context_rank(self, rank: int, num_ranks: int) -> "SequenceLayout":
+        """The layout of the tokens that one of `num_ranks` context-parallel ranks holds; of one rank, this layout.
+
+        Raises:
+            ValueError: rows that do not divide into two chunks of whole blocks a rank, or a layout with a cache.
+        """
+        if num_ranks == 1 or self.shard is not None:
+            return self
+        if self.kv_cache is not None or self.attention is None:
+            raise ValueError("decoding with a cache runs on one context-parallel rank")
+        documents = self.attention
+        # The layers, chunks and recomputations of a micro-batch share one object, and so its masks.
+        shard = documents.keep(
+            f"shard {rank} of {num_ranks}",
+            torch.device("cpu"),
+            lambda: SequenceShard.build(documents, rank, num_ranks),
+        )
+        return replace(self, shard=shard, positions=shard.take(self.positions))
+
+    def blocks(self, num_blocks: int) -> Tensor:
+        """Numbers, inside the sample, of the blocks held here, of `num_blocks` in all: int64 [blocks held]."""
+        device = self.positions.device
+        return torch.arange(num_blocks, device=device) if self.shard is None else self.shard.blocks_on(device)

@@ -45,7 +45,8 @@ class ParallelConfig:
         pipeline_model_parallel_size: ranks that share the layers.
         virtual_pipeline_model_parallel_size: model chunks a pipeline rank holds (interleaved schedule), or
             None.
-        context_parallel_size: ranks that share a sequence; only 1 so far.
+        context_parallel_size: ranks that share every sequence, each two chunks of it; attention gathers the keys and
+            values of the whole sequence.
         sequence_parallel: split the activations between the weight matrices over the tensor-parallel ranks,
             too.
         use_distributed_optimizer: shard the optimizer's state over the data-parallel ranks.
@@ -107,11 +108,6 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise BitLMError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.context_parallel_size > 1:
-            raise BitLMError(
-                f"parallel.context_parallel_size is {self.context_parallel_size}, but context parallelism "
-                "is not available in this version; use 1"
-            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise BitLMError(
                 "parallel.sequence_parallel is on with tensor_model_parallel_size 1; it splits activations "
@@ -130,6 +126,34 @@ class ParallelConfig:
         if model is not None:
             self._validate_tensor_parallel(model)
         self._validate_pipeline(model)
+
+    def validate_sequence(self, sequence_length: int, block_size: int) -> None:
+        """Checks that every rank's share of a sequence is whole blocks.
+
+        Args:
+            sequence_length: S, tokens of a sample.
+            block_size: m.
+
+        Raises:
+            BitLMError: names the settings, the length, and what it must be a multiple of.
+        """
+        if sequence_length % block_size:
+            raise BitLMError(
+                f"data.sequence_length {sequence_length} is not divisible by model.block_size {block_size}"
+            )
+        context, tensor = self.context_parallel_size, self.tensor_model_parallel_size
+        if context > 1 and sequence_length % (2 * context * block_size):
+            raise BitLMError(
+                f"parallel.context_parallel_size is {context}: each rank holds two chunks of whole blocks of "
+                f"{block_size}, so data.sequence_length must be a multiple of 2 x {context} x {block_size} = "
+                f"{2 * context * block_size}, got {sequence_length}"
+            )
+        if self.sequence_parallel and sequence_length % (context * tensor * block_size):
+            raise BitLMError(
+                f"parallel.sequence_parallel shares each sequence over {context * tensor} ranks in whole blocks of "
+                f"{block_size}, so data.sequence_length must be a multiple of {context * tensor * block_size}, got "
+                f"{sequence_length}"
+            )
 
     def _validate_tensor_parallel(self, model: ModelShape) -> None:
         size = self.tensor_model_parallel_size

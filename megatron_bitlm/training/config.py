@@ -102,19 +102,14 @@ class RunConfig:
         self.optimizer.validate(self.training.num_steps)
         self.checkpoint.validate()
         self.validation.validate()
-        if self.data.sequence_length % self.model.block_size:
+        self.parallel.validate_sequence(self.data.sequence_length, self.model.block_size)
+        if self.parallel.context_parallel_size > 1 and self.model.attention_backend == "flex":
             raise BitLMError(
-                f"data.sequence_length {self.data.sequence_length} is not divisible by model.block_size "
-                f"{self.model.block_size}"
+                "model.attention_backend is flex, which cannot attend from one rank's share of a sequence "
+                f"(parallel.context_parallel_size {self.parallel.context_parallel_size}); use auto, flash or dense"
             )
         if self.data.split_fractions()[1] == 0:
             raise BitLMError(f"data.split {self.data.split!r} leaves no documents for validation")
-        shards = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
-        if self.data.sequence_length % (self.model.block_size * shards):
-            raise BitLMError(
-                f"data.sequence_length {self.data.sequence_length} is not divisible into whole blocks of "
-                f"{self.model.block_size} on each of the {shards} ranks of parallel.sequence_parallel"
-            )
 
     def num_micro_batches(self, data_parallel_size: int) -> int:
         """Micro-batches a rank accumulates in one step.

@@ -1,7 +1,6 @@
 """The backbone against transformers' Qwen3, cached against uncached, and its parts against plain formulas."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -255,9 +254,12 @@ def test_unavailable_features_are_refused_by_name():
     if not gpt_layer_specs.HAVE_TE:
         with pytest.raises(BitLMError, match="Transformer Engine is not installed"):
             block_spec(config, block_size=4, implementation="transformer_engine")
-    config = dataclasses.replace(config, context_parallel_size=2)
-    with pytest.raises(BitLMError, match="context_parallel_size is 2"):
-        Backbone(config, block_spec(config, block_size=4), backbone=SHAPE, input_module=nn.Identity())
+
+
+def test_ranks_of_a_context_do_not_decode():
+    layout = SequenceLayout.prompt(KVCache(ROWS, LENGTH), 16, 4, device="cpu")
+    with pytest.raises(ValueError, match="one context-parallel rank"):
+        layout.for_context_rank(0, 2)
 
 
 def test_sequence_shards_must_be_whole_blocks():

@@ -103,7 +103,7 @@ def _one_step(state: ParallelState) -> tuple[float | None, list[Shard]]:
         total = torch.stack([output["loss"] for output in outputs]).sum()
         if state.config.sequence_parallel:
             dist.all_reduce(total, group=state.process_groups.tp)
-        dist.all_reduce(total, group=state.process_groups.dp)
+        dist.all_reduce(total, group=state.process_groups.dp_cp)
         loss = total.item()
     return loss, [shard for chunk in chunks for shard in _shards(chunk, state)]
 
@@ -141,16 +141,19 @@ def _microbatches(state: ParallelState) -> Iterator[tuple[torch.Tensor, torch.Te
 def _forward_step(data: Iterator[tuple[torch.Tensor, torch.Tensor]], model: DistributedDataParallel):
     codes, weights = next(data)
     layout = SequenceLayout.from_batch(OFFSETS, ROWS, LENGTH, BLOCK_SIZE)
+    shard = model.module.own_layout(layout).shard
+    if shard is not None:
+        codes, weights = shard.take(codes), shard.take(weights, 0)
     hidden = model(codes, layout)
 
     def loss_function(output: torch.Tensor):
         own = weights
-        if output.shape[0] != LENGTH:
+        if output.shape[0] != weights.shape[0]:
             group = model.module.pg_collection.tp
             own = weights.chunk(group.size())[group.rank()]
         loss = (output * own).sum()
         # clone: megatron-core divides the sum in place
-        return loss, torch.tensor(ROWS * LENGTH, dtype=torch.int32), {"loss": loss.detach().clone()}
+        return loss, torch.tensor(ROWS * weights.shape[0], dtype=torch.int32), {"loss": loss.detach().clone()}
 
     return hidden, loss_function
 

@@ -22,9 +22,16 @@ TWO_RANKS = {
     "PP2 uneven": ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=1),
     "PP2 layout": ParallelConfig(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|tttL"),
     "DP2": ParallelConfig(),
+    "CP2": ParallelConfig(context_parallel_size=2),
+    "CP2 full recompute": ParallelConfig(context_parallel_size=2, recompute="full"),
 }
 FOUR_RANKS = {
     "TP2 PP2 SP": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+    "TP2 CP2 SP": ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True),
+    "PP2 CP2 VP2": ParallelConfig(
+        pipeline_model_parallel_size=2, context_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    ),
+    "CP4": ParallelConfig(context_parallel_size=4),
 }
 
 

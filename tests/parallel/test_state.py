@@ -19,7 +19,7 @@ TINY = backbone_preset("tiny")
         ({"tensor_model_parallel_size": 2}, 3, "3 processes cannot be divided .* start a multiple of 2"),
         ({"tensor_model_parallel_size": 4}, 4, "is 4, which does not divide the model's num_query_groups, 2"),
         ({"tensor_model_parallel_size": 3}, 3, "is 3, which does not divide .* ffn_hidden_size, 512"),
-        ({"context_parallel_size": 2}, 2, "context_parallel_size is 2"),
+        ({"context_parallel_size": 2}, 3, "context 2 = 2 processes; start a multiple of 2"),
         ({"sequence_parallel": True}, 1, "sequence_parallel is on"),
         ({"overlap_param_gather": True}, 1, "overlap_param_gather is on"),
         ({"recompute": "full", "recompute_num_layers": 0}, 1, "recompute_num_layers is 0"),
@@ -63,10 +63,35 @@ def test_a_layout_that_does_not_fit_is_named(settings, world_size, message):
         ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, 2),
         ({"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tttL"}, 2),
         ({"overlap_grad_reduce": True, "overlap_param_gather": True}, 2),
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2}, 4),
     ],
 )
 def test_layouts_that_fit(settings, world_size):
     ParallelConfig(**settings).validate(world_size, TINY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "message"),
+    [
+        ({}, 30, "sequence_length 30 is not divisible by model.block_size 4"),
+        ({"context_parallel_size": 2}, 24, "must be a multiple of 2 x 2 x 4 = 16, got 24"),
+        ({"context_parallel_size": 3}, 40, "must be a multiple of 2 x 3 x 4 = 24, got 40"),
+        (
+            {"tensor_model_parallel_size": 4, "sequence_parallel": True},
+            24,
+            "over 4 ranks in whole blocks of 4, so data.sequence_length must be a multiple of 16, got 24",
+        ),
+        (
+            {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "sequence_parallel": True},
+            48,
+            "over 8 ranks in whole blocks of 4, so data.sequence_length must be a multiple of 32, got 48",
+        ),
+    ],
+)
+def test_a_sequence_that_does_not_divide_into_whole_blocks_is_named(settings, length, message):
+    with pytest.raises(BitLMError, match=message):
+        ParallelConfig(**settings).validate_sequence(length, 4)
+    ParallelConfig(**settings).validate_sequence(96, 4)
 
 
 def test_a_single_process_starts_without_an_environment_and_again():
