@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.transformer.module import Float16Module
 
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.attention import choose_backend, flash_obstacle
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import HeadConfig, check_head_config
 from megatron_bitlm.model.backbone import block_spec, transformer_config
@@ -19,6 +21,7 @@ from megatron_bitlm.model.presets import BackboneConfig, backbone_preset
 from megatron_bitlm.parallel.state import ParallelState
 
 Precision = Literal["fp32", "bf16"]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -57,7 +60,7 @@ class ModelConfig:
         input_hidden_size: Hidden width of the code MLP; null means 4 D.
         attention_backend: `auto`, `dense`, `flash` or `flex`.
         implementation: Layers from `local` torch parts or `transformer_engine`; `auto` takes Transformer Engine on a
-            GPU and local parts elsewhere.
+            GPU where it is installed, and says at the start what it took.
     """
 
     preset: str = "tiny"
@@ -105,7 +108,7 @@ def build_chunks(
     """
     config.validate()
     backbone = config.resolve_backbone()
-    implementation = _implementation(config, state)
+    implementation = resolve_implementation(config, state.device)
     megatron = transformer_config(backbone, state.config, precision=precision, implementation=implementation)
     chunks = []
     for index in range(state.num_chunks):
@@ -152,7 +155,21 @@ def unwrap(chunk: torch.nn.Module) -> BitLM:
     return chunk
 
 
-def _implementation(config: ModelConfig, state: ParallelState) -> str:
+def resolve_implementation(config: ModelConfig, device: torch.device) -> Literal["local", "transformer_engine"]:
+    """What `implementation: auto` means on a device: Transformer Engine on a GPU where it is installed, else local."""
     if config.implementation != "auto":
         return config.implementation
-    return "transformer_engine" if state.device.type == "cuda" else "local"
+    return "transformer_engine" if device.type == "cuda" and HAVE_TE else "local"
+
+
+def describe_choices(config: ModelConfig, device: torch.device, precision: Precision) -> str:
+    """The kernels that the `auto` settings chose, in words."""
+    layers = resolve_implementation(config, device)
+    reason = ", Transformer Engine is not installed" if device.type == "cuda" and not HAVE_TE else ""
+    dtype, head_dim = PRECISIONS[precision], config.resolve_backbone().head_dim
+    attention = config.attention_backend
+    if attention == "auto":
+        attention = choose_backend(device, dtype, head_dim)
+    obstacle = flash_obstacle(device, dtype, head_dim) if attention == "dense" else None
+    why = f" ({obstacle})" if obstacle and config.attention_backend == "auto" else ""
+    return f"on {device}, {precision}: {layers} layers{reason}, {attention} attention{why}"

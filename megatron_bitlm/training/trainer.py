@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_bitlm import __version__
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.model.build import describe_choices
 from megatron_bitlm.model.checkpoint import complete_checkpoints, read_meta
 from megatron_bitlm.parallel.state import initialize_parallel, launched_world_size, shutdown_parallel
 from megatron_bitlm.training.callbacks import Callback, MetricsFile, Progress, Record, TensorBoard
@@ -62,14 +63,19 @@ def _pretrain(config: RunConfig, stop: StopRequest) -> Outcome:
         shutdown_parallel()
 
 
-def check_run(config: RunConfig, folder: RunFolder) -> DataFacts:
+def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = None) -> DataFacts:
     """All checks that need neither process groups nor a model; nothing is written.
+
+    Args:
+        config: The run.
+        folder: Its folder.
+        world_size: Processes of the run; None for those this process was started with.
 
     Raises:
         BitLMError: As `pretrain`.
     """
     config.validate()
-    world_size = launched_world_size()
+    world_size = launched_world_size() if world_size is None else world_size
     config.parallel.validate(world_size, config.model.resolve_backbone())
     config.num_micro_batches(config.parallel.data_parallel_size(world_size))
     facts = read_data_facts(config)
@@ -180,9 +186,13 @@ class Loop:
         return step
 
     def _announce(self, start: int) -> None:
+        config = self.session.config
+        lines = [describe_choices(config.model, self.session.state.device, config.training.precision)]
         if start:
-            for callback in self.callbacks:
-                callback.on_message(f"resumed {self.folder.path} at step {start}")
+            lines.append(f"resumed {self.folder.path} at step {start}")
+        for callback in self.callbacks:
+            for line in lines:
+                callback.on_message(line)
 
     def _meta(self) -> dict[str, Any]:
         config = self.session.config
