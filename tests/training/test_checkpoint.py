@@ -1,0 +1,147 @@
+"""Checkpoints are complete or absent, and belong to one code and tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_bitlm.data.tokenizer_loading import load_tokenizer
+from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.inference.load import loaded_model
+from megatron_bitlm.model.checkpoint import complete_checkpoints, find_checkpoint, load_code, read_meta
+from tests.training_runs import corpus, make_dataset, train
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, dataset):
+    """A finished run of 12 steps with a checkpoint every 4, two of which are kept."""
+    directory = tmp_path_factory.mktemp("made") / "run"
+    train(directory, dataset, checkpoint__keep_last=2, validation__interval_steps=0)
+    return directory
+
+
+@pytest.fixture
+def copied(tmp_path, made):
+    """A copy of it to damage; its newest checkpoint."""
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run" / "checkpoints" / "step_00000012"
+
+
+def edit(path, **changes):
+    meta = json.loads((path / "meta.json").read_text())
+    for name, value in changes.items():
+        target = meta["data"] if name in meta["data"] else meta
+        target[name] = value
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+def test_the_newest_are_kept_and_nothing_else_lies_about(made):
+    folder = made / "checkpoints"
+    assert [step for step, _ in complete_checkpoints(folder)] == [8, 12]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000008", "step_00000012"]
+    assert (folder / "latest").read_text() == "step_00000012\n"
+
+
+def test_a_checkpoint_says_what_it_is(made, dataset):
+    meta = read_meta(find_checkpoint(made))
+    card = json.loads(Path(f"{dataset}.json").read_text())
+    assert meta["step"] == 12 and meta["version"] == 1
+    assert meta["data"]["tokenizer_fingerprint"] == card["tokenizer_fingerprint"]
+    assert meta["settings"]["model.head.width"] == 32 and meta["settings"]["run.seed"] == 1
+    path = find_checkpoint(made)
+    assert load_tokenizer(path / "tokenizer").fingerprint == card["tokenizer_fingerprint"]
+    assert load_code(path, meta).vocab_size == card["vocab_size"]
+    stored = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert stored == {*meta["files"], "meta.json"}
+
+
+def test_a_run_a_folder_or_a_step_name_a_checkpoint(made):
+    newest = made / "checkpoints" / "step_00000012"
+    older = made / "checkpoints" / "step_00000008"
+    assert find_checkpoint(made) == find_checkpoint(made / "checkpoints") == find_checkpoint(newest) == newest
+    assert find_checkpoint(str(older)) == older
+
+
+def test_no_checkpoint_is_an_error(tmp_path, copied):
+    with pytest.raises(BitLMError, match=f"no complete checkpoint in {tmp_path / 'nothing'}"):
+        find_checkpoint(tmp_path / "nothing")
+    (copied / "meta.json").unlink()
+    assert find_checkpoint(copied.parent.parent).name == "step_00000008"
+    with pytest.raises(BitLMError, match=f"no complete checkpoint in {copied}"):
+        find_checkpoint(copied)
+
+
+def test_a_truncated_or_missing_file_is_named(copied, dataset):
+    part = next(copied.glob("*.distcp"))
+    size = part.stat().st_size
+    part.write_bytes(part.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in copied.parent.parent.rglob("*") if path.is_file()}
+    message = f"{part} has {size - 1} bytes instead of {size}; remove its folder"
+    with pytest.raises(BitLMError, match=message):
+        read_meta(copied)
+    with pytest.raises(BitLMError, match=message):
+        train(copied.parent.parent, dataset, checkpoint__keep_last=2, validation__interval_steps=0)
+    assert before == {path: path.read_bytes() for path in copied.parent.parent.rglob("*") if path.is_file()}
+    part.unlink()
+    with pytest.raises(BitLMError, match=f"{part} is missing"):
+        read_meta(copied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "meta.json is not a bitlm-checkpoint of version 1"),
+        ({"format": "gpt"}, "meta.json is not a bitlm-checkpoint of version 1"),
+        ({"code_map_hash": "feed"}, "the code map in .* is not the one the checkpoint was trained with"),
+        ({"tokenizer_fingerprint": "feed"}, "tokenizer is not the tokenizer the checkpoint was trained with"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(copied, changes, message):
+    edit(copied, **changes)
+    with pytest.raises(BitLMError, match=message), loaded_model(copied):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_broken_meta_file_is_named(copied, content):
+    (copied / "meta.json").write_text(content)
+    with pytest.raises(BitLMError, match=str(copied / "meta.json")):
+        read_meta(copied)
+
+
+def test_a_setting_of_another_release_is_named(copied):
+    meta = json.loads((copied / "meta.json").read_text())
+    meta["settings"]["model.head.flavour"] = "mint"
+    (copied / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(BitLMError, match="model.head.flavour is unknown"), loaded_model(copied):
+        pass
+
+
+def test_a_run_goes_on_only_with_its_own_data(tmp_path, made):
+    """The prefix is the same, the dataset behind it is another: first its code map, then its tokenizer."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    prefix = make_dataset(folder, "docs", corpus())
+    train(tmp_path / "run", prefix, training__stop_after_steps=2)
+    for path in folder.glob("docs.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    np.save(tmp_path / "map.npy", np.random.default_rng(0).permutation(258))
+    make_dataset(folder, "docs", corpus(), code_map=str(tmp_path / "map.npy"))
+    with pytest.raises(BitLMError, match=r"step 2 was trained with code_map_hash 'identity', but .*docs.json has"):
+        train(tmp_path / "run", prefix)
+    for path in folder.glob("docs.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make_dataset(folder, "docs", corpus(), tokenizer="train:bpe:300")
+    with pytest.raises(BitLMError, match="step 2 was trained with vocab_size 258, but .*docs.json has 300"):
+        train(tmp_path / "run", prefix)
+
+
+def test_a_code_map_travels_with_the_checkpoint(tmp_path):
+    code_map = np.random.default_rng(1).permutation(258)
+    np.save(tmp_path / "map.npy", code_map)
+    prefix = make_dataset(tmp_path, "docs", corpus(), code_map=str(tmp_path / "map.npy"))
+    train(tmp_path / "run", prefix, training__stop_after_steps=1)
+    with loaded_model(tmp_path / "run") as loaded:
+        assert np.array_equal(loaded.code.code_map, code_map)
