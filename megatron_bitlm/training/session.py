@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megatron_bitlm.data.card import Card, load_dataset_code, load_dataset_tokenizer, read_card
-from megatron_bitlm.data.indexed import open_dataset
+from megatron_bitlm.data.indexed import CodeDataset, open_dataset
 from megatron_bitlm.data.loading import SampleLoader, fixed_batches
 from megatron_bitlm.data.packing import build_datasets
 from megatron_bitlm.data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from megatron_bitlm.training.likelihood import LikelihoodReport, LikelihoodScore
 from megatron_bitlm.training.optimizer import build_optimizer, build_scheduler
 from megatron_bitlm.training.step import Inputs, PipelineRunner, TrainingStep, to_device
 
+_NUM_SPOT_CHECKS, _NUM_SPOT_BLOCKS = 16, 64
 _VALIDATION_SEED_OFFSET = 0x5EED  # the bound's noise must not repeat the training noise of the same samples
 
 
@@ -53,15 +54,34 @@ def read_data_facts(config: RunConfig) -> DataFacts:
             f"{prefix}.json was made with block_size {card.block_size}, but model.block_size is "
             f"{config.model.block_size}; preprocess again or change model.block_size"
         )
+    code = load_dataset_code(prefix)
     for path in config.data.paths:
-        open_dataset(
+        dataset = open_dataset(
             path,
             block_size=card.block_size,
             code_map_hash=card.code_map_hash,
             tokenizer_fingerprint=card.tokenizer_fingerprint,
             vocab_size=card.vocab_size,
         )
-    return DataFacts(card, load_dataset_code(prefix), load_dataset_tokenizer(prefix), prefix)
+        _spot_check(path, dataset, code)
+    return DataFacts(card, code, load_dataset_tokenizer(prefix), prefix)
+
+
+def _spot_check(path: str, dataset: CodeDataset, code: BinaryCode) -> None:
+    """Look at some blocks of documents spread over the dataset: training reads bits and would not notice foreign ones.
+
+    Raises:
+        BitLMError: The bits belong to no id, or a document does not start with BOS.
+    """
+    card = dataset.card
+    for document in range(0, len(dataset), -(-len(dataset) // _NUM_SPOT_CHECKS)):
+        blocks = dataset.get(document, 0, min(_NUM_SPOT_BLOCKS, int(dataset.sequence_lengths[document])))
+        try:
+            ids = code.unpack(blocks, card.block_size)
+        except ValueError as error:
+            raise BitLMError(f"{path}.bin document {document}: {error}; preprocess the text again") from error
+        if (ids[0] != card.bos_id).any():
+            raise BitLMError(f"{path}.bin document {document} does not start with BOS {card.bos_id}; preprocess again")
 
 
 class Session:
