@@ -71,9 +71,10 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt_file:
         try:
             text = sys.stdin.read() if options.prompt_file == "-" else Path(options.prompt_file).read_text("utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise BitLMError(f"cannot read --prompt-file {options.prompt_file}: {error}") from error
-        prompts += text.splitlines()
+        # Not splitlines(): it also cuts at form feeds and Unicode's separators, which a prompt may hold.
+        prompts += text.removesuffix("\n").split("\n") if text else []
     if not prompts:
         raise BitLMError("give --prompt TEXT or --prompt-file FILE")
     return prompts

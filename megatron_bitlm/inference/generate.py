@@ -105,8 +105,10 @@ class Generator:
         condition = backbone.prefill()
         key = torch.tensor(seeds, dtype=torch.int64, device=self.device)
         for number in range(num_new_blocks):
-            ids = self._sample_block(number, condition, key, rows, results, observe)
-            self._collect(ids, rows, number, results, max_new_tokens)
+            final = self._sample_block(number, condition, key, rows, observe)
+            ids = self.code.decode(final)
+            num_invalid = (~self.code.is_valid(final)).sum(-1)
+            self._collect(ids, num_invalid, rows, number, results, max_new_tokens)
             if all(r.finished or len(r.ids) >= max_new_tokens for r in results):
                 break
             condition = backbone.commit(ids)
@@ -118,10 +120,9 @@ class Generator:
         condition: Tensor,
         key: Tensor,
         rows: _Rows,
-        results: list[Generation],
         observe: Observer | None,
     ) -> Tensor:
-        """Realised ids [B, M] of the next block of every row."""
+        """Final analog bits [B, M, K] of the next block of every row."""
         size = self.block_size * self.code.num_bits
         steps = self.sampler.config.num_steps if self.sampler.config.noise_raise > 0 else 0
         # Blocks are numbered from each row's own start, so padding does not change its noise.
@@ -129,32 +130,36 @@ class Generator:
         draws = normal(0, Stream.SAMPLER, key, block, (1 + steps) * size)
         draws = draws.unflatten(-1, (1 + steps, self.block_size, self.code.num_bits))
         known = rows.known(self.code) if number == 0 else None
-        final = self.sampler.sample(
+        return self.sampler.sample(
             condition,
             draws[:, 0],
             known=known,
             fresh_noise=(lambda step: draws[:, 1 + step]) if steps else None,
             observe=None if observe is None else (lambda time, state: observe(number, time, state)),
         )
-        ids = self.code.decode(final)
-        invalid = (~self.code.is_valid(final)).sum(-1).tolist()
-        for result, count in zip(results, invalid, strict=True):
-            if not result.finished:
-                result.num_blocks += 1
-                result.num_invalid += count
-        return ids
 
-    def _collect(self, ids: Tensor, rows: _Rows, number: int, results: list[Generation], max_new_tokens: int) -> None:
-        """Append each unfinished row's new tokens, up to its EOS (truncated after it) or its limit."""
-        for row, (result, tokens) in enumerate(zip(results, ids.tolist(), strict=True)):
-            new = tokens[rows.num_known[row] :] if number == 0 else tokens
-            for token in new:
-                if result.finished or len(result.ids) >= max_new_tokens:
+    def _collect(
+        self,
+        ids: Tensor,
+        num_invalid: Tensor,
+        rows: _Rows,
+        number: int,
+        results: list[Generation],
+        max_new_tokens: int,
+    ) -> None:
+        """Append each open row's new tokens, up to its EOS (truncated after it) or its limit."""
+        for row, (result, tokens, count) in enumerate(zip(results, ids.tolist(), num_invalid.tolist(), strict=True)):
+            if result.finished or len(result.ids) >= max_new_tokens:
+                continue
+            result.num_blocks += 1
+            result.num_invalid += count
+            for token in tokens[rows.num_known[row] :] if number == 0 else tokens:
+                if len(result.ids) >= max_new_tokens:
                     break
                 if token == self.eos_id:
                     result.finished = True
-                else:
-                    result.ids.append(token)
+                    break
+                result.ids.append(token)
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int, seeds: list[int]) -> None:
         if not prompts:
