@@ -89,6 +89,7 @@ class _DenoisingPage:
     SLOT_GAP = 0.16
     BOTTOM = 0.85
     MIN_STRIPS_WIDTH = 5.1
+    MIN_TOKENS_WIDTH = 0.9  # the column's heading
 
     @classmethod
     def fit(
@@ -100,7 +101,7 @@ class _DenoisingPage:
             num_rows=num_rows,
             num_slots=num_slots,
             num_bits=num_bits,
-            cell_width=float(np.clip(5.6 / (num_slots * num_bits), 0.085, 0.17)),
+            cell_width=float(np.clip(5.6 / (num_slots * num_bits), 0.085, 0.28)),
             cell_height=float(np.clip(4.2 / num_rows, 0.03, 0.23)),
             token_width=num_characters * _MONO_WIDTH * 8 / 72 + 0.1 if num_characters else 0.0,
             num_token_characters=num_characters,
@@ -117,7 +118,7 @@ class _DenoisingPage:
 
     @property
     def width(self) -> float:
-        tokens_width = 0.3 + self.num_slots * self.token_width if self.token_width else 0.0
+        tokens_width = 0.3 + max(self.num_slots * self.token_width, self.MIN_TOKENS_WIDTH) if self.token_width else 0.0
         return max(self.strips_right, self.LEFT + self.MIN_STRIPS_WIDTH) + tokens_width + 0.3
 
     @property
@@ -236,7 +237,7 @@ def _draw_time_labels(axis: Axes, page: _DenoisingPage, times: NDArray[np.float6
 
 def _draw_token_rows(axis: Axes, page: _DenoisingPage, rows: Sequence[Sequence[str]]) -> None:
     """Beside the strips the text each row decodes to: faint while a token differs from the final one."""
-    left = page.width - 0.2 - page.num_slots * page.token_width
+    left = page.width - 0.2 - max(page.num_slots * page.token_width, page.MIN_TOKENS_WIDTH)
     axis.text(left, page.TOP - 0.1, "nearest tokens", color=FAINT, fontsize=8, ha="left", va="bottom")
     limit = page.num_token_characters
     for row in page.labelled_rows():

@@ -166,7 +166,7 @@ def _draw_validation(
     ]
     standing = f": {', '.join(standings)}" if standings else ""
     axis.set_title(f"Held-out bound ≤ {bounds[-1]:.2f} {unit}{standing}", fontsize=10)
-    axis.legend(frameon=False, loc="upper right")
+    axis.legend(frameon=False, loc="lower left")
 
 
 def _draw_time_buckets(
