@@ -21,6 +21,7 @@ def run_parser() -> ArgumentParser:
         description="Train a BitLM, or resume it from its newest checkpoint. Start under torchrun for many processes.",
         usage="bitlm pretrain [CONFIG.yaml] [--section.field value ...]",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the sections below")
     hints = typing.get_type_hints(RunConfig)
