@@ -48,7 +48,10 @@ def _preprocess(arguments: list[str]) -> None:
     from megatron_bitlm.data.preprocess import PreprocessConfig, preprocess
 
     parser = ArgumentParser(
-        prog="bitlm preprocess", description="Text to a dataset of packed binary codes.", exit_on_error=False
+        prog="bitlm preprocess",
+        description="Text to a dataset of packed binary codes.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--input",
