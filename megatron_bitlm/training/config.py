@@ -115,7 +115,7 @@ class RunConfig:
         """Micro-batches a rank accumulates in one step.
 
         Raises:
-            BitLMError: The batch sizes do not divide.
+            BitLMError: The batch sizes do not divide, or not into what the pipeline's schedule takes.
         """
         share = self.training.micro_batch_size * data_parallel_size
         if self.training.global_batch_size % share:
@@ -123,7 +123,9 @@ class RunConfig:
                 f"training.global_batch_size {self.training.global_batch_size} is not divisible by micro_batch_size "
                 f"{self.training.micro_batch_size} x {data_parallel_size} data-parallel ranks"
             )
-        return self.training.global_batch_size // share
+        count = self.training.global_batch_size // share
+        self.parallel.validate_micro_batches(count)
+        return count
 
 
 def flat_settings(config: RunConfig) -> dict[str, object]:

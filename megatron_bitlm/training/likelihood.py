@@ -140,6 +140,7 @@ class LikelihoodScorer:
     ) -> Tensor:
         """float64 CPU [num_samples, num_blocks, _NUM_FIELDS], the same on every rank."""
         seed = (self.seed + repeat) % 2**32
+        inputs = self.runner.whole_rounds(inputs)
 
         def objective(head, condition, clean, sample, block):  # noqa: ANN001, ANN202 (see bitlm.Objective)
             return likelihood_terms(head, condition, clean, sample, block, proposal=proposal, seed=seed)

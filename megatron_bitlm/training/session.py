@@ -108,7 +108,7 @@ class Session:
             seed=config.run.seed,
         )
         self.chunks = [unwrap(chunk) for chunk in precise]
-        wrapped = self._wrap(precise)
+        self.wrapped = wrapped = self._wrap(precise)
         parallel = config.parallel
         self.optimizer = build_optimizer(
             config.optimizer,
@@ -164,8 +164,19 @@ class Session:
         """The micro-batches of one step, on the device."""
         return [self._to_device(next(batches)) for _ in range(self.num_micro_batches)]
 
+    def complete_weights(self) -> None:
+        """Make this rank's weights those of the last step. Collective.
+
+        With `parallel.overlap_param_gather` a rank holds only its own share of an update until the next training
+        forward pass has gathered the rest.
+        """
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.wrapped:
+                chunk.start_param_sync(force_sync=True)
+
     def validate(self) -> LikelihoodReport:
         """The likelihood bound on the validation samples. Collective."""
+        self.complete_weights()
         num_samples = self.num_validation_samples
 
         def batches() -> list[Inputs]:
@@ -227,8 +238,7 @@ class Session:
         config.grad_scale_func = self.optimizer.scale_loss
         if parallel.overlap_grad_reduce:
             config.no_sync_func = single([chunk.no_sync for chunk in wrapped])
-        if parallel.overlap_param_gather:
-            config.param_sync_func = single([chunk.start_param_sync for chunk in wrapped])
+        # No param_sync_func: each chunk's forward hooks gather its weights, and a second call would meet theirs.
 
 
 def mean_visible_keys(config: RunConfig) -> float:

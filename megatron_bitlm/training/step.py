@@ -64,6 +64,12 @@ class PipelineRunner:
         self.chunks = chunks
         self.micro_batch_size, self.sequence_length = micro_batch_size, sequence_length
 
+    def whole_rounds(self, inputs: list[Inputs]) -> list[Inputs]:
+        """Inputs for the interleaved schedule, which takes whole rounds: the last one is repeated as needed."""
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        missing = -len(inputs) % stages if len(self.chunks) > 1 else 0
+        return inputs + inputs[-1:] * missing
+
     def run(
         self,
         inputs: list[Inputs],

@@ -160,6 +160,7 @@ class Loop:
             self._save(step)
 
     def _save(self, step: int) -> None:
+        self.session.complete_weights()
         self.session.checkpoints.save(step, self._meta(), self.session.facts.tokenizer, self.session.facts.code)
 
     def _record(self, step: int, result: StepResult, norms: dict[str, float], seconds: float) -> Record:

@@ -30,6 +30,27 @@ TINY = backbone_preset("tiny")
             "4 layers cannot be spread over 2 pipeline stages with 5 in the last",
         ),
         ({"num_layers_in_first_pipeline_stage": 2}, 1, "pipeline_model_parallel_size is 1"),
+        ({"recompute": "selective", "recompute_modules": ("moe",)}, 1, "recompute_modules is .'moe'.; choose from"),
+        ({"recompute": "selective", "recompute_modules": ()}, 1, "recompute_modules is "),
+        (
+            {"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 0},
+            2,
+            "num_layers_in_last_pipeline_stage is 0; give 1 or more",
+        ),
+        (
+            {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 4},
+            3,
+            "4 layers cannot be spread over 3 pipeline stages with 4 in the first",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_in_first_pipeline_stage": 3,
+                "pipeline_model_parallel_layout": "Ettt|tL",
+            },
+            2,
+            "already says the layers of every stage",
+        ),
         (
             {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
             2,
@@ -68,6 +89,14 @@ def test_a_layout_that_does_not_fit_is_named(settings, world_size, message):
 )
 def test_layouts_that_fit(settings, world_size):
     ParallelConfig(**settings).validate(world_size, TINY)
+
+
+def test_the_interleaved_schedule_takes_whole_rounds():
+    config = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    config.validate_micro_batches(4)
+    with pytest.raises(BitLMError, match="in rounds of 2, but a step has 3"):
+        config.validate_micro_batches(3)
+    ParallelConfig(pipeline_model_parallel_size=2).validate_micro_batches(3)
 
 
 @pytest.mark.parametrize(
