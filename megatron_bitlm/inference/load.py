@@ -15,6 +15,8 @@ from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.build import ModelConfig, build_chunks, unwrap
 from megatron_bitlm.model.checkpoint import (
+    CODE_MAP_FILE,
+    META_FILE,
     TOKENIZER_FOLDER,
     find_checkpoint,
     load_code,
@@ -51,8 +53,8 @@ def loaded_model(checkpoint: str | Path, *, precision: str | None = None) -> Ite
         BitLMError: No complete checkpoint, a damaged one, or one whose code or tokenizer does not match.
     """
     path = find_checkpoint(checkpoint)
-    meta = read_meta(path)
-    code = load_code(path, meta)
+    meta = _read_meta(path)
+    code = _load_code(path, meta)
     tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
     if tokenizer.fingerprint != meta["data"]["tokenizer_fingerprint"]:
         raise BitLMError(f"{path / TOKENIZER_FOLDER} is not the tokenizer the checkpoint was trained with")
@@ -70,7 +72,7 @@ def loaded_model(checkpoint: str | Path, *, precision: str | None = None) -> Ite
             seed=0,
         )
         model = unwrap(chunks[0])
-        load_model(path, [model])
+        _load_weights(path, model)
         model.eval()
         yield LoadedModel(
             model,
@@ -102,7 +104,43 @@ def model_config(settings: dict[str, Any]) -> ModelConfig:
         *path, last = rest.split(".")
         for part in path:
             target = getattr(target, part, None)
-        if not is_dataclass(target) or last not in {f.name for f in fields(target)}:
+        known = {f.name for f in fields(target)} if is_dataclass(target) else set()
+        if last not in known or is_dataclass(getattr(target, last)):
             raise BitLMError(f"the checkpoint's setting {name} is unknown to this release of megatron-bitlm")
         setattr(target, last, value)
     return config
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """meta.json with everything that loading needs."""
+    try:
+        meta = read_meta(path)
+        needed = [meta["step"], meta["settings"]["training.precision"]]
+        needed += [meta["data"][name] for name in ("vocab_size", "code_map_hash", "tokenizer_fingerprint")]
+        needed += [meta["data"][name] for name in ("bos_id", "eos_id")]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BitLMError(f"{path / META_FILE} is not complete ({error}); use another checkpoint") from error
+    return meta
+
+
+def _load_code(path: Path, meta: dict[str, Any]) -> BinaryCode:
+    try:
+        return load_code(path, meta)
+    except BitLMError:
+        raise
+    except (ValueError, OSError, EOFError) as error:
+        size = meta["data"]["vocab_size"]
+        raise BitLMError(f"{path / CODE_MAP_FILE} is not a code map of {size} ids; use another checkpoint") from error
+
+
+def _load_weights(path: Path, model: BitLM) -> None:
+    try:
+        load_model(path, [model])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[-1].strip()[:200]}"
+        raise BitLMError(
+            f"cannot load {path}: damaged, or not the model its {META_FILE} tells of ({reason})"
+        ) from error
