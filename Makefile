@@ -30,11 +30,12 @@ quickstart: $(VENV)/.installed ## Text to trained model, likelihood, generated t
 test: $(VENV)/.installed-dev ## Run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-checks: $(VENV)/.installed-dev ## Lint, format, import contracts, types
+checks: $(VENV)/.installed-dev ## Lint, format, import contracts, types, Dockerfiles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 format: $(VENV)/.installed-dev ## Rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
@@ -56,5 +57,5 @@ $(VENV)/.installed: $(PROJECT)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the test and check tools into $(VENV) ..."
-	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[dev,slurm]'
 	@touch $@

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import megatron_bitlm.parallel  # noqa: F401 (quiets megatron-core's import notices before anything imports it)
 from megatron_bitlm import __version__
-from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.errors import STOP_EXIT_STATUS, BitLMError
 
 Handler = Callable[[list[str]], None]
 
@@ -80,7 +80,6 @@ def _pretrain(arguments: list[str]) -> None:
     from megatron_bitlm.config import parse_run
 
     config = parse_run(arguments)
-    from megatron_bitlm.training.signals import STOP_EXIT_STATUS
     from megatron_bitlm.training.trainer import pretrain
 
     if pretrain(config).stopped:
@@ -97,6 +96,12 @@ def _evaluate(arguments: list[str]) -> None:
     from megatron_bitlm.evaluation.likelihood import run_evaluate
 
     run_evaluate(arguments)
+
+
+def _slurm(arguments: list[str]) -> None:
+    from megatron_bitlm.slurm.command import run_slurm
+
+    run_slurm(arguments)
 
 
 def _bench(arguments: list[str]) -> None:
@@ -128,6 +133,7 @@ _COMMANDS: dict[str, tuple[str, Handler]] = {
     "pretrain": ("train a model, or resume a run", _pretrain),
     "generate": ("continue prompts with a checkpoint", _generate),
     "evaluate": ("likelihood bound of a checkpoint on a dataset", _evaluate),
+    "slurm": ("submit pretraining or evaluation to a Slurm cluster", _slurm),
     "bench": ("compare the speed of variants", _bench),
     "quickstart": ("everything once, at small size, on this machine's documentation", _quickstart),
 }

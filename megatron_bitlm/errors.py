@@ -7,3 +7,7 @@ class BitLMError(ValueError):
     The message is one sentence that names the file or setting, its value and what to do. The command line prints
     it without a traceback and exits with status 2.
     """
+
+
+STOP_EXIT_STATUS = 75
+"""Exit status of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "please requeue"."""

@@ -26,7 +26,7 @@ from megatron_bitlm.config import load_run
 from megatron_bitlm.data.card import dataset_path
 from megatron_bitlm.data.files import write_atomic
 from megatron_bitlm.data.preprocess import PreprocessConfig, preprocess
-from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.errors import STOP_EXIT_STATUS, BitLMError
 from megatron_bitlm.evaluation.denoising import plot_denoising
 from megatron_bitlm.evaluation.likelihood import (
     checkpoint_likelihood,
@@ -39,7 +39,6 @@ from megatron_bitlm.inference.generate import Generator
 from megatron_bitlm.inference.load import LoadedModel, loaded_model
 from megatron_bitlm.method.sampler import SamplerConfig
 from megatron_bitlm.training.config import RunConfig
-from megatron_bitlm.training.signals import STOP_EXIT_STATUS
 from megatron_bitlm.training.trainer import pretrain
 
 PROMPTS = ("Return the number of ", "This function ", "Raises an error if the ")

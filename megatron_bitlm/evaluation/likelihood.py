@@ -112,7 +112,7 @@ def document_ids(prefix: str, dataset: CodeDataset, begin: int, end: int) -> Ite
 
 def run_evaluate(arguments: list[str]) -> None:
     """Parse arguments and print the figures."""
-    options = _parser().parse_args(arguments)
+    options = evaluate_parser().parse_args(arguments)
     with loaded_model(options.checkpoint) as loaded:
         settings = loaded.settings
         data = DataConfig(
@@ -165,7 +165,8 @@ def describe(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def evaluate_parser() -> argparse.ArgumentParser:
+    """Parser of `bitlm evaluate`."""
     parser = argparse.ArgumentParser(prog="bitlm evaluate", description="Measure a checkpoint.")
     parser.add_argument("what", choices=["likelihood"], help="upper bound on the negative log-likelihood")
     parser.add_argument("--checkpoint", required=True, help="run folder, or one of its checkpoints/step_* folders")

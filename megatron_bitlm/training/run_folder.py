@@ -15,7 +15,7 @@ from megatron_bitlm.training.config import RunConfig, flat_settings, is_free
 
 
 class RunFolder:
-    """runs/NAME with config.yaml, metrics.jsonl, tensorboard/ and checkpoints/."""
+    """runs/NAME with config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, from `bitlm slurm`, slurm/."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -23,6 +23,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.slurm = self.path / "slurm"
 
     def check(self, config: RunConfig) -> None:
         """Check, without writing, that `claim` can make the folder this run's or that it already is.
@@ -100,5 +101,5 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _is_leftover(path: Path) -> bool:
-    """A config.yaml whose writing was interrupted before the folder held anything else."""
-    return path.name.startswith("config.yaml.") and path.name.endswith(".tmp")
+    """What a run's folder may hold before its config.yaml: one whose writing was interrupted, and job logs."""
+    return path.name == "slurm" or (path.name.startswith("config.yaml.") and path.name.endswith(".tmp"))

@@ -14,18 +14,15 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-STOP_EXIT_STATUS = 75
-"""Exit status of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "please requeue"."""
-
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
     """Handlers of SIGTERM and SIGUSR1 while a run lasts; a context manager.
 
-    Once a stop was requested the handlers stay when the context ends: the process is about to exit, and a repeated
-    signal must not change its exit status. Python runs handlers in a process's main thread, so in another thread this
-    installs none and never sees a request.
+    Once a stop was requested both signals are ignored when the context ends: the process is about to exit, and a
+    repeated signal must not change its exit status. Python runs handlers in a process's main thread, so in another
+    thread this installs none and never sees a request.
 
     Processes forked meanwhile, such as those that write a checkpoint, inherit the handlers and so outlive a signal that
     goes to every process of a job. Data loaders, whose handlers torch sets, leave stop signals to their parent, too.
@@ -44,9 +41,10 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.requested is None:
-            for number, handler in self._previous.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, handler in self._previous.items():
+            if self.requested is not None:
+                handler = signal.SIG_IGN  # unlike a handler in Python, it lasts while the interpreter shuts down
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. Collective."""

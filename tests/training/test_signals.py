@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_bitlm.training.signals import STOP_EXIT_STATUS, StopRequest
+from megatron_bitlm.errors import STOP_EXIT_STATUS
+from megatron_bitlm.training.signals import StopRequest
 from tests.distributed_harness import run_ranks
 from tests.training_runs import read_metrics, run_config, train
 
