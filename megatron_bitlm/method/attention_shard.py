@@ -88,9 +88,7 @@ class SequenceShard:
 
     def tokens_on(self, device: torch.device) -> Tensor:
         """Numbers of the rank's tokens in a row: int64 [L]."""
-        return self.own.keep(
-            "tokens", device, lambda: self.take(torch.arange(self.whole.seq_len), 0).to(device)
-        )
+        return self.own.keep("tokens", device, lambda: self.take(torch.arange(self.whole.seq_len), 0).to(device))
 
     def blocks_on(self, device: torch.device) -> Tensor:
         """Numbers of the rank's blocks in a row: int64 [N]."""

@@ -67,9 +67,7 @@ def check(tensors, layout, num_ranks, backend, tolerance):
     backend=st.sampled_from(["dense", "flash"]),
 )
 @settings(max_examples=60)
-def test_shares_put_together_are_the_whole(
-    num_ranks, batch_size, block_size, blocks_a_chunk, heads, cuts, backend
-):
+def test_shares_put_together_are_the_whole(num_ranks, batch_size, block_size, blocks_a_chunk, heads, cuts, backend):
     seq_len = 2 * num_ranks * blocks_a_chunk * block_size
     offsets = documents(batch_size, seq_len, block_size, cuts)
     layout = BlockCausalLayout.build(batch_size, seq_len, block_size, offsets)
