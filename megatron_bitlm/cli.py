@@ -104,6 +104,14 @@ def _slurm(arguments: list[str]) -> None:
     run_slurm(arguments)
 
 
+def _plan(arguments: list[str]) -> None:
+    from megatron_bitlm.config import parse_run
+    from megatron_bitlm.planning.command import plan_parser, run_plan
+
+    options, settings = plan_parser().parse_known_args(arguments)
+    run_plan(parse_run(settings), options)
+
+
 def _bench(arguments: list[str]) -> None:
     from pathlib import Path
 
@@ -134,6 +142,7 @@ _COMMANDS: dict[str, tuple[str, Handler]] = {
     "generate": ("continue prompts with a checkpoint", _generate),
     "evaluate": ("likelihood bound of a checkpoint on a dataset", _evaluate),
     "slurm": ("submit pretraining or evaluation to a Slurm cluster", _slurm),
+    "plan": ("memory, FLOPs and likely speed of a run on N GPUs, and layouts worth trying", _plan),
     "bench": ("compare the speed of variants", _bench),
     "quickstart": ("everything once, at small size, on this machine's documentation", _quickstart),
 }

@@ -239,8 +239,3 @@ class Session:
         if parallel.overlap_grad_reduce:
             config.no_sync_func = single([chunk.no_sync for chunk in wrapped])
         # No param_sync_func: each chunk's forward hooks gather its weights, and a second call would meet theirs.
-
-
-def mean_visible_keys(config: RunConfig) -> float:
-    """Average keys a query sees when a sample is one document: (S + m) / 2."""
-    return (config.data.sequence_length + config.model.block_size) / 2

@@ -13,11 +13,11 @@ from megatron_bitlm.model.checkpoint import complete_checkpoints, read_meta
 from megatron_bitlm.parallel.state import initialize_parallel, launched_world_size, shutdown_parallel
 from megatron_bitlm.training.callbacks import Callback, MetricsFile, Progress, Record, TensorBoard
 from megatron_bitlm.training.config import RunConfig, flat_settings
-from megatron_bitlm.training.flops import device_peak, training_flops_per_token
+from megatron_bitlm.training.flops import device_peak, run_flops
 from megatron_bitlm.training.likelihood import LikelihoodReport
 from megatron_bitlm.training.optimizer import gradient_norms_by_part
 from megatron_bitlm.training.run_folder import RunFolder
-from megatron_bitlm.training.session import DataFacts, Session, mean_visible_keys, read_data_facts
+from megatron_bitlm.training.session import DataFacts, Session, read_data_facts
 from megatron_bitlm.training.signals import StopRequest
 from megatron_bitlm.training.step import StepResult
 
@@ -105,10 +105,8 @@ class Loop:
     def __init__(self, session: Session, folder: RunFolder, callbacks: list[Callback], stop: StopRequest) -> None:
         self.session, self.folder, self.callbacks, self.stop = session, folder, callbacks, stop
         config, facts = session.config, session.facts
-        flops = training_flops_per_token(
-            config.model, facts.card.num_bits, config.objective.samples_per_block, mean_visible_keys(config)
-        )
-        peak = device_peak(config.training.peak_flops_per_device, session.state.device)
+        flops = run_flops(config, facts.card.num_bits).total
+        peak = device_peak(config, session.state.device)
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.flops_share = flops * self.tokens_per_step / (peak * session.state.world_size) if peak else None
         self.validation: LikelihoodReport | None = None
