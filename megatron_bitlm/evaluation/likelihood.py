@@ -136,11 +136,11 @@ def run_evaluate(arguments: list[str]) -> None:
 
 
 def likelihood_figures(report: LikelihoodReport) -> dict[str, Any]:
-    """The report as JSON data."""
+    """The report as JSON data; the standard error is null with a single sample."""
     return {
         "bound": {
             "nats_per_token": report.estimate.nats_per_token,
-            "standard_error": report.estimate.standard_error,
+            "standard_error": report.estimate.standard_error if report.estimate.num_samples > 1 else None,
             "perplexity": report.estimate.perplexity,
             "bits_per_byte": report.bits_per_byte,
             "num_tokens": report.estimate.num_tokens,
@@ -153,9 +153,10 @@ def likelihood_figures(report: LikelihoodReport) -> dict[str, Any]:
 def describe(figures: dict[str, Any]) -> str:
     """A small table; the model's line is an upper bound and says so."""
     bound = figures["bound"]
+    spread = "" if bound["standard_error"] is None else f" +- {bound['standard_error']:.4f}"
     lines = [
         f"{'':10} {'nats/token':>16} {'bits/byte':>10}",
-        f"{'BitLM':10} <= {bound['nats_per_token']:.4f} +- {bound['standard_error']:.4f} "
+        f"{'BitLM':10} <= {bound['nats_per_token']:.4f}{spread} "
         f"<= {bound['bits_per_byte']:.4f}   perplexity <= {bound['perplexity']:.2f}, {bound['num_tokens']:,} tokens",
     ]
     for name in ("bigram", "unigram"):

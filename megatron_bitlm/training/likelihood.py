@@ -73,12 +73,14 @@ class LikelihoodReport:
 
     def record(self) -> dict[str, float]:
         """Flat names for logs."""
-        return {
+        record = {
             "validation/nats_per_token": self.estimate.nats_per_token,
-            "validation/standard_error": self.estimate.standard_error,
             "validation/perplexity": self.estimate.perplexity,
             "validation/bits_per_byte": self.bits_per_byte,
         }
+        if self.estimate.num_samples > 1:  # one sample has no standard error, and JSON no NaN
+            record["validation/standard_error"] = self.estimate.standard_error
+        return record
 
 
 class LikelihoodScorer:
