@@ -76,6 +76,17 @@ def _inspect(arguments: list[str]) -> None:
     inspect_dataset(options.prefix, num_documents=options.documents, verify=options.verify)
 
 
+def _merge(arguments: list[str]) -> None:
+    from megatron_bitlm.data.merge import merge_datasets
+
+    parser = argparse.ArgumentParser(prog="bitlm merge", description="Several datasets to one.")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="datasets, or folders of them")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="the dataset to write; never overwritten")
+    options = parser.parse_args(arguments)
+    card = merge_datasets(options.input, options.output)
+    print(f"{options.output}: {card.num_documents:,} documents, {card.num_text_tokens:,} tokens of text")
+
+
 def _pretrain(arguments: list[str]) -> None:
     from megatron_bitlm.config import parse_run
 
@@ -138,10 +149,11 @@ def _quickstart(arguments: list[str]) -> None:
 _COMMANDS: dict[str, tuple[str, Handler]] = {
     "preprocess": ("text to a dataset of packed binary codes", _preprocess),
     "inspect": ("show a dataset's card, statistics and documents", _inspect),
+    "merge": ("several datasets of the same code and tokenizer to one", _merge),
     "pretrain": ("train a model, or resume a run", _pretrain),
     "generate": ("continue prompts with a checkpoint", _generate),
     "evaluate": ("likelihood bound of a checkpoint on a dataset", _evaluate),
-    "slurm": ("submit pretraining or evaluation to a Slurm cluster", _slurm),
+    "slurm": ("submit pretraining, evaluation or preprocessing to a Slurm cluster", _slurm),
     "plan": ("memory, FLOPs and likely speed of a run on N GPUs, and layouts worth trying", _plan),
     "bench": ("compare the speed of variants", _bench),
     "quickstart": ("everything once, at small size, on this machine's documentation", _quickstart),

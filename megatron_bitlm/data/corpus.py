@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,22 @@ class Corpus:
                 yield from text_units(_hub_texts(source, self.text_key), source)
             else:
                 yield from path_units(Path(source), self.text_key, self.paragraphs)
+
+    def share(self, rank: int, num_shares: int) -> Corpus:
+        """A part of the sources, contiguous and of about the same size for every rank; it may be empty.
+
+        The documents of ranks 0, 1, ... in turn are those of the whole corpus in order.
+        """
+        sizes = [os.path.getsize(source) if os.path.isfile(source) else 1 for source in self.sources]
+        if self.num_input_bytes is None:
+            sizes = [1] * len(sizes)  # names on a hub have no size
+        total, before, kept = max(sum(sizes), 1), 0, []
+        for source, size in zip(self.sources, sizes, strict=True):
+            if before * num_shares // total == rank:
+                kept.append((source, size))
+            before += size
+        known = None if self.num_input_bytes is None else sum(size for _, size in kept)
+        return replace(self, sources=[source for source, _ in kept], num_input_bytes=known)
 
     def documents(self) -> Iterator[str]:
         """Documents of all units in order."""

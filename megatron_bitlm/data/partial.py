@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from megatron_bitlm import __version__
 from megatron_bitlm.data.card import VERSION, Card, dataset_path, index_content, read_card
-from megatron_bitlm.data.corpus_units import Unit
 from megatron_bitlm.data.files import sha256_file, write_atomic
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
@@ -68,6 +67,20 @@ class Totals:
     num_text_tokens: int = 0
     num_text_bytes: int = 0
     num_empty_documents: int = 0
+
+
+class Part(Protocol):
+    """What the journal has to know of a piece of the input: a unit of a corpus, or documents of a shard.
+
+    Attributes:
+        label: where it comes from, for messages.
+        num_input_bytes: its share of the input, for the progress display.
+        digest: changes when its content may have.
+    """
+
+    label: str
+    num_input_bytes: int
+    digest: str
 
 
 class PartialDataset:
@@ -155,7 +168,7 @@ class PartialDataset:
         self._lengths = self._open_at("lengths.bin", self.totals.num_documents * 4)
         self._journal = open(self._folder / "journal.jsonl", "ab")  # noqa: SIM115 - closed in __exit__
 
-    def skip_finished(self, units: Iterator[Unit]) -> int:
+    def skip_finished(self, units: Iterator[Part]) -> int:
         """Takes the units that are already in the files off the iterator; returns their input bytes.
 
         Raises:
@@ -175,18 +188,26 @@ class PartialDataset:
 
     def append(self, digest: str, encoded: EncodedUnit) -> None:
         """Adds a unit's documents."""
+        counts = Totals(
+            num_blocks=int(encoded.num_blocks_d.sum()),
+            num_text_tokens=int(encoded.num_text_tokens_d.sum()),
+            num_text_bytes=int(encoded.num_text_bytes_d.sum()),
+            num_empty_documents=encoded.num_empty_documents,
+        )
+        self.append_packed(digest, encoded.content, encoded.num_bytes_d, counts)
+
+    def append_packed(self, digest: str, content: np.ndarray, num_bytes_d: np.ndarray, counts: Totals) -> None:
+        """Adds packed documents that lie back to back in ``content``, ``num_bytes_d`` each.
+
+        ``counts`` has what these two do not tell: blocks, text tokens and bytes, empty documents.
+        """
         assert self._bin is not None and self._lengths is not None
-        self._bin.write(encoded.content.tobytes())
-        self._lengths.write(encoded.num_bytes_d.astype("<i4").tobytes())
-        totals = self.totals
-        totals.num_units += 1
-        totals.num_bytes += len(encoded.content)
-        totals.num_documents += len(encoded.num_bytes_d)
-        totals.num_blocks += int(encoded.num_blocks_d.sum())
-        totals.num_text_tokens += int(encoded.num_text_tokens_d.sum())
-        totals.num_text_bytes += int(encoded.num_text_bytes_d.sum())
-        totals.num_empty_documents += encoded.num_empty_documents
-        self._pending.append(json.dumps({"digest": digest, **dataclasses.asdict(totals)}))
+        self._bin.write(content.tobytes())
+        self._lengths.write(num_bytes_d.astype("<i4").tobytes())
+        added = dataclasses.replace(counts, num_units=1, num_bytes=len(content), num_documents=len(num_bytes_d))
+        for name, value in dataclasses.asdict(added).items():
+            setattr(self.totals, name, getattr(self.totals, name) + value)
+        self._pending.append(json.dumps({"digest": digest, **dataclasses.asdict(self.totals)}))
         if time.monotonic() - self._last_commit >= _COMMIT_INTERVAL_SECONDS:
             self._commit()
 

@@ -131,7 +131,7 @@ def preprocess(config: PreprocessConfig) -> Card:
         code = load_code(tokenizer.vocab_size, config.code_map)
         check_block_bits(config.block_size, code.num_bits)
         partial.start(tokenizer, code)
-        encoding = _Encoding(
+        encoding = Encoding(
             str(partial.tokenizer_folder),
             tokenizer.fingerprint,
             config.code_map,
@@ -148,7 +148,7 @@ def preprocess(config: PreprocessConfig) -> Card:
 
 
 @dataclass(frozen=True)
-class _Encoding:
+class Encoding:
     """What a worker needs to load once; the hashes keep one preprocess call's objects from serving
     another's."""
 
@@ -199,7 +199,7 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int, max_num_bytes: int, folder
 
 
 def _encode_corpus(
-    config: PreprocessConfig, corpus: Corpus, partial: PartialDataset, encoding: _Encoding, num_workers: int
+    config: PreprocessConfig, corpus: Corpus, partial: PartialDataset, encoding: Encoding, num_workers: int
 ) -> None:
     """Appends every unit that is not in ``partial`` yet, in order, until the corpus or max_documents ends."""
     units = corpus.units()
@@ -219,17 +219,17 @@ def _encode_corpus(
                 break
 
 
-def _encoded(units: Iterator[Unit], encoding: _Encoding, num_workers: int) -> Iterator[tuple[Unit, EncodedUnit]]:
+def _encoded(units: Iterator[Unit], encoding: Encoding, num_workers: int) -> Iterator[tuple[Unit, EncodedUnit]]:
     """Units with their encoded documents, in order; a few units are in work ahead of the one that is due."""
     if num_workers == 1:
         for unit in units:
-            yield unit, _encode_unit(unit, encoding)
+            yield unit, encode_unit(unit, encoding)
         return
     pool = ProcessPoolExecutor(num_workers, mp_context=pool_context(), initializer=end_with_parent)
     try:
         waiting: deque[tuple[Unit, Future[EncodedUnit]]] = deque()
         for unit in units:
-            waiting.append((unit, pool.submit(_encode_unit, unit, encoding)))
+            waiting.append((unit, pool.submit(encode_unit, unit, encoding)))
             if len(waiting) > 2 * num_workers:
                 due, future = waiting.popleft()
                 yield due, future.result()
@@ -244,7 +244,7 @@ def _encoded(units: Iterator[Unit], encoding: _Encoding, num_workers: int) -> It
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_unit(unit: Unit, encoding: _Encoding) -> EncodedUnit:
+def encode_unit(unit: Unit, encoding: Encoding) -> EncodedUnit:
     """Encodes the documents of a unit. Runs in a worker."""
     tokenizer, code = _tokenizer_and_code(encoding)
     block_size = encoding.block_size
@@ -279,7 +279,7 @@ def _encode_unit(unit: Unit, encoding: _Encoding) -> EncodedUnit:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer_and_code(encoding: _Encoding) -> tuple[Tokenizer, BinaryCode]:
+def _tokenizer_and_code(encoding: Encoding) -> tuple[Tokenizer, BinaryCode]:
     tokenizer = load_tokenizer(encoding.tokenizer_folder)
     return tokenizer, load_code(tokenizer.vocab_size, encoding.code_map)
 

@@ -22,6 +22,7 @@ from types import FrameType
 import psutil
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from megatron_bitlm.errors import STOP_EXIT_STATUS
 
@@ -43,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank, failure = error.get_first_failure()
         print(f"rank {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
         return exit_status(failure.exitcode, received)
+    except RendezvousConnectionError:
+        if not received:
+            raise
+        # Another node has saved with this one, and was quicker to end.
+        print("asked to stop, and the rendezvous has ended", file=sys.stderr)
+        return STOP_EXIT_STATUS
     finally:
         for number in _STOP_SIGNALS:  # nothing may change the exit status any more
             signal.signal(number, signal.SIG_IGN)

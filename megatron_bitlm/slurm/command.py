@@ -1,4 +1,4 @@
-"""`bitlm slurm submit|evaluate|preprocess|merge`: check, render, submit."""
+"""`bitlm slurm submit|evaluate|preprocess`: check, render, submit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_bitlm.data.files import write_atomic
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.slurm.preprocess import PreprocessArray, add_preprocess_options
 from megatron_bitlm.slurm.render import JobOptions, render_evaluate, render_pretrain
 
 
@@ -68,6 +69,22 @@ def submit_evaluate(options: argparse.Namespace, arguments: list[str]) -> None:
     print(_submit(logs / f"evaluate-{datetime.now():%Y%m%d-%H%M%S-%f}.sbatch", script))
 
 
+def submit_preprocess(options: argparse.Namespace, rest: list[str]) -> None:
+    """Submit an array of tasks that write a dataset's shards, and a job after it that merges them.
+
+    Raises:
+        BitLMError: Unusable options or input, datatrove not installed, or no Slurm.
+    """
+    if rest:
+        raise BitLMError(f"unrecognized arguments: {' '.join(rest)}")
+    array = PreprocessArray.from_options(options)
+    if options.dry_run:
+        print(array.describe())
+        return
+    _require_sbatch()
+    print(array.submit())
+
+
 def _require_sbatch() -> None:
     if shutil.which("sbatch") is None:
         raise BitLMError("sbatch is not on this machine: submit from a login node of the cluster, or use --dry-run")
@@ -120,7 +137,7 @@ def _job_options(options: argparse.Namespace) -> JobOptions:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bitlm slurm", description="Submit jobs to a Slurm cluster.")
-    kinds = parser.add_subparsers(required=True, metavar="submit|evaluate")
+    kinds = parser.add_subparsers(required=True, metavar="submit|evaluate|preprocess")
     submit = kinds.add_parser(
         "submit",
         help="pretraining on any number of nodes, requeued until it is complete",
@@ -142,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     evaluate.set_defaults(submit=submit_evaluate)
+    preprocess = kinds.add_parser("preprocess", help="text to a dataset, in an array of tasks", allow_abbrev=False)
+    add_preprocess_options(preprocess)
+    preprocess.set_defaults(submit=submit_preprocess)
     _add_job_options(submit, nodes=1, gpus=8, job_name="bitlm-pretrain")
     _add_job_options(evaluate, nodes=1, gpus=1, job_name="bitlm-evaluate")
     return parser

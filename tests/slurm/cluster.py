@@ -6,6 +6,7 @@ Everything lives in one folder and on ports of 127.0.0.1, and ends with the cont
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -68,11 +69,17 @@ def why_not() -> str | None:
 
 def _install() -> None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-        result = subprocess.run(
-            ["apt-get", "--quiet", *command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-        assert result.returncode == 0, f"apt-get {' '.join(command)} failed:\n{result.stdout}\n{result.stderr}"
+    with open(Path(tempfile.gettempdir()) / "bitlm-slurm-install.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes want the same
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
+            result = subprocess.run(
+                ["apt-get", "--quiet", *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
+            assert result.returncode == 0, f"apt-get {' '.join(command)} failed:\n{result.stdout}\n{result.stderr}"
 
 
 class SlurmCluster:

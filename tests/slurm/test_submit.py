@@ -11,12 +11,7 @@ from megatron_bitlm.cli import main
 from megatron_bitlm.errors import STOP_EXIT_STATUS
 from megatron_bitlm.parallel.launch import exit_status, slurm_options
 from megatron_bitlm.slurm.render import JobOptions, render_evaluate, render_pretrain
-from tests.training_runs import corpus, make_dataset, run_config
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"), "four", corpus())
+from tests.training_runs import run_config
 
 
 @pytest.fixture
@@ -52,6 +47,12 @@ def test_dry_run_prints_the_script_and_writes_nothing(config, capsys, tmp_path):
     assert "export NCCL_IB_HCA=mlx5_0,mlx5_1" in script and "--nproc-per-node=8" in script
     assert f"((status == {STOP_EXIT_STATUS}))" in script and "scontrol requeue" in script
     assert not Path("runs/eight").exists()
+
+
+def test_the_example_of_the_largest_model_fits_its_nodes(dataset, capsys):
+    example = str(Path(__file__).parents[2] / "examples" / "bitlm-8b.yaml")
+    assert main(["slurm", "submit", example, "--nodes", "8", "--data.paths", f"[{dataset}]", "--dry-run"]) == 0
+    assert "8 nodes x 8 processes" in capsys.readouterr().out
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_is_written(config, capsys):

@@ -3,53 +3,20 @@
 Set SLURM_TRANSCRIPT to a file name to keep what was seen.
 """
 
-import contextlib
-import io
 import os
 from pathlib import Path
 
-import pytest
 import torch
 
-from megatron_bitlm.cli import main
 from megatron_bitlm.training.trainer import pretrain
 from tests.distributed_harness import run_ranks
-from tests.slurm.cluster import NODES, SlurmCluster, wait_until, why_not
-from tests.training_runs import corpus, make_dataset, read_metrics, run_config
+from tests.slurm.cluster import NODES, wait_until
+from tests.training_runs import read_metrics, run_config
 
 NUM_STEPS = 160
 TIMEOUT_S = 240  # a stage takes seconds; this is for a machine that does much else
 SETTINGS = {"training__num_steps": NUM_STEPS, "checkpoint__interval_steps": 0, "training__progress": "lines"}
 SETTINGS |= {"training__log_interval_steps": 40, "validation__interval_steps": 80}
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    reason = why_not()
-    if reason:
-        pytest.skip(f"no Slurm: {reason}")
-    with SlurmCluster() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("data"), "four", corpus())
-
-
-@pytest.fixture
-def bitlm(cluster, monkeypatch):
-    """`bitlm ARGUMENTS` in this process, as on a login node of the cluster; returns what it prints."""
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-
-    def call(*arguments: str) -> str:
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            assert main(arguments) == 0
-        return output.getvalue().strip()
-
-    return call
 
 
 def run_left_alone(directory: str, prefix: str) -> None:
@@ -77,9 +44,9 @@ def test_a_requeued_run_follows_the_uninterrupted_one(cluster, bitlm, dataset, t
     def state() -> str:
         return cluster.job(job)["JobState"]
 
-    def requeued(times: int) -> bool:
+    def restarts() -> int:
         assert state() not in ("FAILED", "COMPLETED", "CANCELLED"), story()
-        return cluster.job(job)["Restarts"] == str(times)
+        return int(cluster.job(job)["Restarts"])
 
     seen = [f"submitted job {job}"]
     wait_until(lambda: num_steps_done(directory) >= 5, TIMEOUT_S, story)
@@ -87,7 +54,7 @@ def test_a_requeued_run_follows_the_uninterrupted_one(cluster, bitlm, dataset, t
 
     # First what --signal=B:USR1@120 does two minutes before the time limit.
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: requeued(1), TIMEOUT_S, story)
+    wait_until(restarts, TIMEOUT_S, story)
     first = num_steps_done(directory)
     seen.append(f"SIGUSR1 to the batch script: saved at step {first} and requeued by the script")
     assert first < NUM_STEPS
@@ -95,9 +62,9 @@ def test_a_requeued_run_follows_the_uninterrupted_one(cluster, bitlm, dataset, t
 
     # Then what an administrator or a preemption does.
     wait_until(lambda: num_steps_done(directory) >= first + 5, TIMEOUT_S, story)
+    earlier = restarts()
     cluster.run("scontrol", "requeue", job)
-    wait_until(lambda: requeued(2), TIMEOUT_S, story)
-    wait_until(lambda: state() in ("PENDING", "CONFIGURING", "RUNNING"), TIMEOUT_S, story)
+    wait_until(lambda: restarts() > earlier and state() != "COMPLETING", TIMEOUT_S, story)
     second = num_steps_done(directory)
     seen.append(f"scontrol requeue: saved at step {second}")
     assert first < second < NUM_STEPS
@@ -105,8 +72,9 @@ def test_a_requeued_run_follows_the_uninterrupted_one(cluster, bitlm, dataset, t
     wait_until(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED"), TIMEOUT_S, story)
     assert state() == "COMPLETED", story()
     batch = (logs / f"{job}-batch.log").read_text()
-    assert batch.count("exit status 75") == 2 and batch.count("exit status 0") == 1, batch
-    assert batch.count("requeue\n") == 1, batch
+    # The script requeues what Slurm has not requeued already.
+    assert batch.count("exit status 75") == batch.count("requeue\n") + 1 >= 2, batch
+    assert batch.count("exit status 0") == 1, batch
     nodes = [(logs / f"{job}-{node}.log").read_text() for node in range(len(NODES))]
     for step in (first, second):
         assert f"resumed runs/two-nodes at step {step}" in nodes[0] + nodes[1], story()
