@@ -109,6 +109,12 @@ def _evaluate(arguments: list[str]) -> None:
     run_evaluate(arguments)
 
 
+def _checkpoint(arguments: list[str]) -> None:
+    from megatron_bitlm.training.checkpoint_command import run_checkpoint
+
+    run_checkpoint(arguments)
+
+
 def _slurm(arguments: list[str]) -> None:
     from megatron_bitlm.slurm.command import run_slurm
 
@@ -153,6 +159,7 @@ _COMMANDS: dict[str, tuple[str, Handler]] = {
     "pretrain": ("train a model, or resume a run", _pretrain),
     "generate": ("continue prompts with a checkpoint", _generate),
     "evaluate": ("likelihood bound of a checkpoint on a dataset", _evaluate),
+    "checkpoint": ("list, verify or show the checkpoints of a run", _checkpoint),
     "slurm": ("submit pretraining, evaluation or preprocessing to a Slurm cluster", _slurm),
     "plan": ("memory, FLOPs and likely speed of a run on N GPUs, and layouts worth trying", _plan),
     "bench": ("compare the speed of variants", _bench),

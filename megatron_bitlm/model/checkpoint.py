@@ -2,7 +2,7 @@
 
 runs/NAME/checkpoints/
     step_00000500/    tensors, tokenizer/, code_map.npy unless identity, and
-        meta.json     format version, step, settings, code map and tokenizer hashes, file sizes; written last
+        meta.json     format version, step, settings, code map and tokenizer hashes, sizes and checksums; written last
     latest            name of the newest complete folder
 """
 
@@ -68,12 +68,12 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise BitLMError(f"cannot read {file}: {error}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise BitLMError(f"{file} is not a {FORMAT} of version {VERSION}; it was written by another release")
-    for name, size in meta["files"].items():
+    for name, known in meta["files"].items():
         part = path / name
         actual = part.stat().st_size if part.is_file() else None
-        if actual != size:
-            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            raise BitLMError(f"checkpoint file {part} {state}; remove its folder to go on from an earlier checkpoint")
+        if actual != known["bytes"]:
+            state = "is missing" if actual is None else f"has {actual} bytes instead of {known['bytes']}"
+            raise BitLMError(f"checkpoint file {part} {state}; use an earlier checkpoint")
     return meta
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megatron_bitlm.data.files import write_atomic
+from megatron_bitlm.data.files import sha256_file, write_atomic
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
@@ -38,17 +39,37 @@ class CheckpointConfig:
     Attributes:
         interval_steps: Steps between checkpoints; 0 writes only the last.
         keep_last: How many of the newest to keep.
+        keep_every_steps: Also keep for good those of every so many steps; 0 keeps none.
     """
 
     interval_steps: int = 1000
     keep_last: int = 3
+    keep_every_steps: int = 0
 
     def validate(self) -> None:
         """Raise BitLMError naming the setting and its value."""
-        if self.interval_steps < 0:
-            raise BitLMError(f"checkpoint.interval_steps must not be negative, got {self.interval_steps}")
+        for name in ("interval_steps", "keep_every_steps"):
+            if getattr(self, name) < 0:
+                raise BitLMError(f"checkpoint.{name} must not be negative, got {getattr(self, name)}")
         if self.keep_last < 1:
             raise BitLMError(f"checkpoint.keep_last must be at least 1, got {self.keep_last}")
+
+
+def describe_damage(path: Path, *, share: int = 0, num_shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, or None; reads every byte of this share of them.
+
+    Args:
+        path: Step folder.
+        share, num_shares: Ranks divide the files among them.
+    """
+    try:
+        meta = read_meta(path)
+        for name in sorted(meta["files"])[share::num_shares]:
+            if sha256_file(path / name) != meta["files"][name]["sha256"]:
+                return f"checkpoint file {path / name} does not match its checksum"
+    except (BitLMError, KeyError, TypeError, OSError) as error:
+        return str(error)
+    return None
 
 
 class CheckpointManager:
@@ -86,16 +107,36 @@ class CheckpointManager:
             tokenizer.save(aside / TOKENIZER_FOLDER)
             if code.code_map is not None:
                 np.save(aside / CODE_MAP_FILE, code.code_map)
-            self._commit(aside, final, step, meta)
+        dist.barrier()
+        files = _checksums(aside)
+        if dist.get_rank() == 0:
+            self._commit(aside, final, {"step": step, "files": files, **meta})
         dist.barrier()
         return final
 
-    def load_latest(self) -> dict[str, Any] | None:
-        """Restore the newest complete checkpoint and return its meta data, or None without one. Collective."""
+    def load_latest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """Restore the newest undamaged checkpoint and return its meta data, or None without any. Collective.
+
+        A damaged one is renamed to step_N.damaged, which nothing reads, and `warn` is told on every rank.
+
+        Raises:
+            BitLMError: There are checkpoints, and all are damaged.
+        """
         found = complete_checkpoints(self.folder)
-        if not found:
-            return None
-        path = found[-1][1]
+        for _, path in reversed(found):
+            damage = _agreed_damage(path)
+            if damage is None:
+                return self._load(path)
+            warn(f"{damage}: {path.name} is set aside, and the checkpoint before it is used")
+            dist.barrier()
+            if dist.get_rank() == 0:
+                os.replace(path, _unused(path.with_name(f"{path.name}.damaged")))
+            dist.barrier()
+        if found:
+            raise BitLMError(f"every checkpoint in {self.folder} is damaged; start again in another run.directory")
+        return None
+
+    def _load(self, path: Path) -> dict[str, Any]:
         meta = read_meta(path)
         loaded = dist_checkpointing.load(self._state(is_loading=True), str(path))
         for name, chunk in zip(model_state(self.chunks), self.chunks, strict=True):
@@ -112,19 +153,18 @@ class CheckpointManager:
         state["scheduler"] = self.scheduler.state_dict()
         return state
 
-    def _commit(self, aside: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
-        files = {p.relative_to(aside).as_posix(): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
-        for name in files:
-            with open(aside / name, "rb") as file:
-                os.fsync(file.fileno())
-        record = {"format": FORMAT, "version": VERSION, "step": step, "files": files, **meta}
+    def _commit(self, aside: Path, final: Path, meta: dict[str, Any]) -> None:
+        record = {"format": FORMAT, "version": VERSION, **meta}
         write_atomic(aside / META_FILE, (json.dumps(record, indent=1) + "\n").encode())
         if final.exists():  # without meta.json: what is left of a checkpoint that something else damaged
             shutil.rmtree(final)
         os.replace(aside, final)
         _sync_folder(self.folder)
         write_atomic(self.folder / "latest", f"{final.name}\n".encode())
-        for _, old in complete_checkpoints(self.folder)[: -self.config.keep_last]:
+        every = self.config.keep_every_steps
+        for step, old in complete_checkpoints(self.folder)[: -self.config.keep_last]:
+            if every and step % every == 0:
+                continue
             doomed = old.with_name(f".{old.name}.old")
             os.replace(old, doomed)  # first out of sight: an interrupted removal must not look complete
             shutil.rmtree(doomed)
@@ -132,6 +172,33 @@ class CheckpointManager:
 
 def _content_metadata() -> dict[str, Any]:
     return {key: value for key, value in sharding_metadata().items() if key != "dp_cp_group"}
+
+
+def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of every file, synced to disk; each rank reads its share. Collective."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    own = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+        own[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+    shares: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, own)
+    return {name: known for share in shares for name, known in share.items()}
+
+
+def _agreed_damage(path: Path) -> str | None:
+    """`describe_damage`, the files shared among the ranks; the same answer on every rank. Collective."""
+    own = describe_damage(path, share=dist.get_rank(), num_shares=dist.get_world_size())
+    answers: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, own)
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number behind it where something has that name."""
+    names = (path, *(path.with_name(f"{path.name}.{number}") for number in range(1, 1000)))
+    return next(name for name in names if not name.exists())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,13 @@ def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = Non
     config.num_micro_batches(config.parallel.data_parallel_size(world_size))
     facts = read_data_facts(config)
     folder.check(config)
-    for _, newest in complete_checkpoints(folder.checkpoints)[-1:]:
-        check_same_data(read_meta(newest), facts)
+    for _, path in reversed(complete_checkpoints(folder.checkpoints)):
+        try:
+            meta = read_meta(path)
+        except BitLMError:
+            continue  # damaged: the session sets it aside, with a warning, and takes the one before
+        check_same_data(meta, facts)
+        break
     return facts
 
 
@@ -178,11 +184,15 @@ class Loop:
         return record
 
     def _resume(self) -> int:
-        meta = self.session.checkpoints.load_latest()
+        meta = self.session.checkpoints.load_latest(self._warn)
         step = int(meta["step"]) if meta else 0
         if self.session.state.is_main:
             self.folder.keep_metrics_through(step)
         return step
+
+    def _warn(self, text: str) -> None:
+        if self.session.state.is_main:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _announce(self, start: int) -> None:
         config = self.session.config

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_bitlm.cli import main
 from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.inference.load import loaded_model
 from megatron_bitlm.model.checkpoint import complete_checkpoints, find_checkpoint, load_code, read_meta
-from tests.training_runs import corpus, make_dataset, train
+from tests.training_runs import TIMINGS, checkpoint_tensors, corpus, make_dataset, read_metrics, train
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +80,63 @@ def test_a_truncated_or_missing_file_is_named(copied, dataset):
     size = part.stat().st_size
     part.write_bytes(part.read_bytes()[:-1])
     before = {path: path.read_bytes() for path in copied.parent.parent.rglob("*") if path.is_file()}
-    message = f"{part} has {size - 1} bytes instead of {size}; remove its folder"
-    with pytest.raises(BitLMError, match=message):
+    with pytest.raises(BitLMError, match=f"{part} has {size - 1} bytes instead of {size}; use an earlier"):
         read_meta(copied)
-    with pytest.raises(BitLMError, match=message):
-        train(copied.parent.parent, dataset, checkpoint__keep_last=2, validation__interval_steps=0)
     assert before == {path: path.read_bytes() for path in copied.parent.parent.rglob("*") if path.is_file()}
     part.unlink()
     with pytest.raises(BitLMError, match=f"{part} is missing"):
         read_meta(copied)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "meta"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(copied, made, dataset, harm, capsys):
+    run = copied.parent.parent
+    victim = copied / "meta.json" if harm == "meta" else max(copied.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if harm == "flip":
+        content[len(content) // 2] ^= 1
+    victim.write_bytes(content if harm == "flip" else content[: len(content) // 2])
+    train(run, dataset, checkpoint__keep_last=2, validation__interval_steps=0)
+    assert "step_00000012 is set aside" in capsys.readouterr().err
+    assert (run / "checkpoints" / "step_00000012.damaged").is_dir()
+    assert [step for step, _ in complete_checkpoints(run / "checkpoints")] == [8, 12]
+    assert run_without_timings(run) == run_without_timings(made)
+    for name, tensor in checkpoint_tensors(made, 12).items():
+        assert torch.equal(tensor, checkpoint_tensors(run, 12)[name]), name
+
+
+def run_without_timings(directory):
+    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in read_metrics(directory)]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(copied, dataset):
+    run = copied.parent.parent
+    for part in run.glob("checkpoints/step_*/*.distcp"):
+        part.write_bytes(b"")
+    with pytest.raises(BitLMError, match="every checkpoint in .* is damaged"):
+        train(run, dataset, checkpoint__keep_last=2, validation__interval_steps=0)
+
+
+def test_checkpoints_of_every_so_many_steps_are_kept_for_good(tmp_path, dataset):
+    settings = {"checkpoint__interval_steps": 2, "checkpoint__keep_last": 1, "checkpoint__keep_every_steps": 6}
+    train(tmp_path / "run", dataset, validation__interval_steps=0, training__num_steps=10, **settings)
+    assert [step for step, _ in complete_checkpoints(tmp_path / "run" / "checkpoints")] == [6, 10]
+
+
+def test_the_command_lists_verifies_and_shows(copied, capsys):
+    run = str(copied.parent.parent)
+    assert main(["checkpoint", "list", run]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "8", "12"]
+    assert main(["checkpoint", "verify", run]) == 0
+    assert capsys.readouterr().out.count("every checksum matches") == 2
+    assert main(["checkpoint", "show", run]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 12
+    part = next(copied.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    assert main(["checkpoint", "verify", run]) == 2
+    printed = capsys.readouterr()
+    assert f"{part} does not match its checksum" in printed.out and "damaged: step_00000012" in printed.err
+    assert main(["checkpoint", "list", str(copied / "nothing")]) == 2
 
 
 @pytest.mark.parametrize(
