@@ -123,7 +123,7 @@ def test_5_the_loss_hands_over_a_sum_an_integer_count_and_its_own_metrics(seen, 
 def test_6_stages_draw_different_numbers_and_start_from_the_model_of_one_process(seen, prefix, tmp_path):
     first, second = (rank.draw for rank in seen["VPP bf16"])
     assert not torch.equal(first, second)
-    with open_session(run_config(tmp_path / "run", prefix, **COMMON)) as session:
+    with open_session(run_config(tmp_path / "run", prefix, **COMMON)) as (session, _):
         chunk = session.chunks[0]
         layers = [layer.mlp.linear_fc1.weight for layer in chunk.decoder.layers]
         assert not any(torch.equal(layers[0], other) for other in layers[1:])

@@ -48,13 +48,14 @@ def watch_all(ports: list[int], configs: list[RunConfig], sprung: list[bool]) ->
 
 
 @contextlib.contextmanager
-def open_session(config: RunConfig) -> Iterator[Session]:
-    """The session of a run that writes nothing."""
+def open_session(config: RunConfig) -> Iterator[tuple[Session, torch.Tensor]]:
+    """The session of a run that writes nothing, and what torch drew before it."""
     folder = RunFolder(config.run.directory)
     facts = check_run(config, folder)
     state = initialize_parallel(config.parallel, seed=config.run.seed, timeout_minutes=2)
     try:
-        yield Session(config, facts, state, folder.checkpoints)
+        draw = torch.rand(4)
+        yield Session(config, facts, state, folder.checkpoints), draw
     finally:
         shutdown_parallel()
 
@@ -62,8 +63,8 @@ def open_session(config: RunConfig) -> Iterator[Session]:
 def watch(config: RunConfig, spring: bool = False) -> Seen:
     """Train two steps; `spring` takes the marks off the head's parameters."""
     torch.set_num_threads(1)
-    with open_session(config) as session:
-        seen = Seen(draw=torch.rand(4))
+    with open_session(config) as (session, draw):
+        seen = Seen(draw=draw)
         for chunk in session.chunks:
             _look_at(chunk, seen, spring)
         _look_at_optimizer(session, seen)
@@ -102,10 +103,12 @@ def _look_at(chunk: torch.nn.Module, seen: Seen, spring: bool) -> None:
 
 def _look_at_optimizer(session: Session, seen: Seen) -> None:
     for part in getattr(session.optimizer, "chained_optimizers", [session.optimizer]):
-        for group in part.optimizer.param_groups:
-            seen.group_dtypes.append({parameter.dtype for parameter in group["params"]})
-        for group in getattr(part, "model_float16_groups", []) + getattr(part, "model_fp32_groups", []):
-            seen.group_dtypes.append({parameter.dtype for parameter in group})
+        if hasattr(part, "model_float16_groups"):  # the optimizer's own groups hold fp32 copies
+            pairs = zip(part.model_float16_groups, part.model_fp32_groups, strict=True)
+            groups = [[*half, *full] for half, full in pairs]
+        else:
+            groups = [group["params"] for group in part.optimizer.param_groups]
+        seen.group_dtypes += [{parameter.dtype for parameter in group} for group in groups]
     seen.group_keys = [
         (group["wd_mult"], group["lr_mult"], group["is_expert_parallel"], group["is_decoupled_lr"])
         for group in session.optimizer.param_groups
