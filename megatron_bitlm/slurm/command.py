@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "submit",
         help="pretraining on any number of nodes, requeued until it is complete",
         usage="bitlm slurm submit CONFIG.yaml [--nodes N ...] [--section.field value ...]",
+        epilog="Any setting of the run can be given, too, such as --data.paths '[data/corpus]'.",
         allow_abbrev=False,
     )
     submit.add_argument("config", help="YAML file of the run; settings are changed as in `bitlm pretrain`")

@@ -77,7 +77,9 @@ def test_a_requeued_run_follows_the_uninterrupted_one(cluster, bitlm, dataset, t
     assert batch.count("exit status 0") == 1, batch
     nodes = [(logs / f"{job}-{node}.log").read_text() for node in range(len(NODES))]
     for step in (first, second):
-        assert f"resumed runs/two-nodes at step {step}" in nodes[0] + nodes[1], story()
+        line = f"resumed runs/two-nodes at step {step}"
+        assert line in nodes[0] + nodes[1], story()
+        seen.append(f"a node's log: {line}")
     seen += ["", f"$ cat runs/two-nodes/slurm/{job}-batch.log", batch]
 
     run_ranks(run_left_alone, 2, str(tmp_path / "alone"), dataset)
