@@ -1,6 +1,8 @@
 """Runs a function on several gloo ranks, one process each, as torchrun would start them."""
 
+import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import socket
@@ -19,11 +21,20 @@ _PRELOAD = ["torch", "megatron.core", "megatron_bitlm.model.backbone", "megatron
 _EXIT_TIMEOUT_S = 20
 
 
+# Below the ports that outgoing connections get (from 32768 on Linux), so that none takes one between its choice and its
+# use; each process counts on from a place of its own.
+_FIRST_PORT, _NUM_PORTS = 12_000, 20_000
+_candidates = itertools.count(os.getpid() * 101)
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of 127.0.0.1 that nobody listens on at this moment, another one at each call."""
+    for candidate in itertools.islice(_candidates, _NUM_PORTS):
+        port = _FIRST_PORT + candidate % _NUM_PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"none of {_NUM_PORTS} ports is free")
 
 
 def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 120) -> list[T]:
