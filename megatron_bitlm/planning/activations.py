@@ -1,8 +1,8 @@
 """Bytes that a forward pass keeps for the backward pass, counted tensor by tensor.
 
 The counts follow the code (they are compared with the storages that autograd really keeps): for each token
-    layer      two inputs and two outputs of norms; query/key/value projection; query before its norm where heads share
-               keys; rotated query and key, value, attention output (once more where the batch is transposed); the
+    layer      two inputs and two outputs of norms; query/key/value projection; query before its norm, where it is a
+               copy; rotated query and key, value, attention output (once more where the batch is transposed); the
                SwiGLU's inner tensors; fp32 scales of the norms and the attention's log-sum-exp.
     head       a copy's layer keeps 20 widths, the modulations 6 a group, y and the last norm 6 more.
 Shape legend: D hidden, F inner width, A query channels, P key/value channels, W head width, K bits, M slots.
@@ -71,10 +71,11 @@ def _layer(config: RunConfig, element: int, fused: bool) -> tuple[float, float]:
     shards = ranks if parallel.sequence_parallel else 1
     hidden = b.hidden_size * element / shards
     a, p = (heads * b.head_dim * element / ranks for heads in (b.num_attention_heads, b.num_query_groups))
-    shared = b.num_attention_heads != b.num_query_groups
+    # Queries that share keys are copied out of the projection, unless the rank has a single group of them.
+    copied = b.num_attention_heads != b.num_query_groups and b.num_query_groups > ranks
     transposed = config.training.micro_batch_size > 1
     scales = _FP32_BYTES * (2 / shards + (b.num_attention_heads + b.num_query_groups) / ranks)
-    projection = a + 2 * p + (a if shared else 0)
+    projection = a + 2 * p + (a if copied else 0)
     # Keys and values of the whole sequence, where context-parallel ranks gather them.
     gathered = 2 * p * (parallel.context_parallel_size - 1)
     log_sum_exp = _FP32_BYTES * b.num_attention_heads / ranks

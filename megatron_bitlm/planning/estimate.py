@@ -30,8 +30,8 @@ class Assumptions:
     """What an estimate takes for granted.
 
     Attributes:
-        compute_efficiency: Share of the GPU's peak that matrix products reach. With 0.5 the estimate for a softmax 8B
-            on one H100 node gives the 41-48% of peak that Megatron-LM and OLMo-core publish.
+        compute_efficiency: Share of the GPU's peak that matrix products reach. With 0.5 an 8B at 4,096 tokens on one
+            H100 node comes out at 41% of peak; Megatron-LM publishes 41-48% for softmax models.
         bandwidth_efficiency: Share of the memory's and the links' rates that is reached.
         memory_reserve: Share of the GPU's memory kept free for CUDA, NCCL, libraries and fragmentation.
     """

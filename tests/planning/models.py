@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_bitlm.data.packing import DataConfig
 from megatron_bitlm.method.codes import BinaryCode
@@ -105,3 +106,25 @@ def counts_by_part(model: torch.nn.Module) -> dict[str, int]:
     for name, parameter in unwrap(model).named_parameters():
         counts[part_of(name)] += parameter.numel()
     return counts
+
+
+def kept_bytes(config) -> int:
+    """Distinct storages that autograd keeps for the backward pass, parameters apart."""
+    with started(config) as state:
+        model = build(config, state)
+        loss = loss_function(config, model)
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage._cdata] = storage
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            graph = loss()
+        # Recomputed outputs have been emptied by now.
+        found = sum(storage.nbytes() for storage in kept.values())
+        graph.backward()
+        return found

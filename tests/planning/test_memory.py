@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,7 +14,16 @@ from megatron_bitlm.planning.activations import activation_bytes
 from megatron_bitlm.planning.memory import RankMemory, in_flight, memory_by_rank, state_bytes
 from megatron_bitlm.planning.parameters import parameter_sizes
 from megatron_bitlm.training.optimizer import build_optimizer
-from tests.planning.models import NUM_BITS, VOCAB_SIZE, build, loss_function, small_run, started, with_head
+from tests.planning.models import (
+    NUM_BITS,
+    VOCAB_SIZE,
+    build,
+    kept_bytes,
+    loss_function,
+    small_run,
+    started,
+    with_head,
+)
 
 RUNS = {
     "fp32": small_run(),
@@ -23,7 +31,7 @@ RUNS = {
     "bf16": small_run(precision="bf16"),
     "copies": small_run(copies=3),
     "full": small_run(recompute="full"),
-    "full, two layers a chunk": small_run(recompute="full", recompute_num_layers=3),
+    "full, three layers a chunk": small_run(recompute="full", recompute_num_layers=3),
     "block": small_run(recompute="full", recompute_method="block", recompute_num_layers=2),
     "mlp": small_run(recompute="selective", recompute_modules=("mlp",)),
     "core attention": small_run(recompute="selective"),
@@ -39,28 +47,6 @@ def planned(config) -> RankMemory:
     sizes = parameter_sizes(config.model, VOCAB_SIZE)
     (memory,) = memory_by_rank(config, sizes, activation_bytes(config, NUM_BITS, fused=False), 1)
     return memory
-
-
-def kept_bytes(config) -> int:
-    """Distinct storages that autograd keeps for the backward pass, parameters apart."""
-    with started(config) as state:
-        model = build(config, state)
-        loss = loss_function(config, model)
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage._cdata] = storage
-            return tensor
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            graph = loss()
-        # Recomputed outputs have been emptied by now.
-        found = sum(storage.nbytes() for storage in kept.values())
-        graph.backward()
-        return found
 
 
 class LiveBytes(TorchDispatchMode):
