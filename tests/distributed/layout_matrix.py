@@ -55,6 +55,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "PP2": _layout(pipeline=2),
         "PP2, head alone on the last stage": _layout(pipeline=2, pipeline_model_parallel_layout="Etttt|L"),
         "PP2 x VPP2": _layout(pipeline=2, virtual=2),
+        "PP2 x VPP2, uneven": _layout(pipeline=2, virtual=2, pipeline_model_parallel_layout="Et|t|tt|L"),
         "CP2": _layout(context=2),
         "CP2 + full recompute, of the head too": {
             **_layout(context=2, recompute="full"),
