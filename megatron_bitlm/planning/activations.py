@@ -97,11 +97,15 @@ def _layer(config: RunConfig, element: int, fused: bool) -> tuple[float, float]:
 
 
 def _layer_gradients(config: RunConfig, element: int) -> float:
-    """Bytes a token at the fullest moment: gradients of the SwiGLU's two halves and of two hidden states."""
+    """Bytes a token at the fullest moment: gradients of the SwiGLU's two halves and of two hidden states.
+
+    Sequence parallelism gathers a layer's input once more, whole, into a buffer.
+    """
     parallel, b = config.parallel, config.model.resolve_backbone()
     ranks = parallel.tensor_model_parallel_size
     shards = ranks if parallel.sequence_parallel else 1
-    return 2.0 * b.ffn_hidden_size * element / ranks + 2.0 * b.hidden_size * element / shards
+    gathered = b.hidden_size * element if shards > 1 else 0
+    return 2.0 * b.ffn_hidden_size * element / ranks + 2.0 * b.hidden_size * element / shards + gathered
 
 
 def _head(config: RunConfig, num_bits: int, element: int) -> tuple[float, float, float]:

@@ -121,8 +121,8 @@ class Planner:
         """Raise BitLMError where such a run would not start on the planner's GPUs."""
         parallel = config.parallel
         parallel.validate(self.num_gpus, config.model.resolve_backbone())
-        parallel.validate_sequence(config.data.sequence_length, config.model.block_size)
         config.num_micro_batches(parallel.data_parallel_size(self.num_gpus))
+        config.validate()
 
     def plan(self, config: RunConfig) -> Plan:
         """Plan a configuration as it stands.

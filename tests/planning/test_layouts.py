@@ -13,7 +13,7 @@ from megatron_bitlm.model.build import ModelConfig
 from megatron_bitlm.parallel.config import ParallelConfig
 from megatron_bitlm.parallel.hardware import find_gpu, gpu_of_device
 from megatron_bitlm.planning.estimate import Assumptions
-from megatron_bitlm.planning.layouts import Plan, Planner
+from megatron_bitlm.planning.layouts import Plan, Planner, changed_flags
 from megatron_bitlm.training.config import RunConfig, TrainingConfig
 
 QWEN3_VOCAB_SIZE, QWEN3_BITS = 151_669, 18
@@ -61,6 +61,30 @@ def test_proposals_start_and_fit(num_gpus, tmp_path):
         replicas = config.parallel.data_parallel_size(num_gpus)
         assert config.num_micro_batches(replicas) * config.training.micro_batch_size * replicas == 1024
         assert config.validation.num_samples >= config.training.micro_batch_size * replicas
+
+
+def test_flags_turn_one_configuration_into_another(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("parallel: {pipeline_model_parallel_size: 2, num_layers_in_last_pipeline_stage: 1}")
+    before = parse_run([str(path)])
+    head = replace(before.model.head, activation_checkpointing=True)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2, recompute="selective", recompute_modules=("layernorm", "mlp")
+    )
+    after = replace(before, parallel=parallel, model=replace(before.model, head=head))
+    flags = changed_flags(before, after)
+    assert "null" in flags and "true" in flags
+    assert parse_run([str(path), *flags]) == after
+    assert changed_flags(after, after) == []
+
+
+def test_what_a_setting_forbids_is_not_proposed():
+    """FlexAttention cannot work on one rank's share of a sequence."""
+    config = run(global_batch_size=64)
+    flex = replace(config, model=replace(config.model, attention_backend="flex"))
+    sizes = {plan.config.parallel.context_parallel_size for plan in planner(16, flex).propose(20)}
+    assert sizes == {1}
+    assert {plan.config.parallel.context_parallel_size for plan in planner(16, config).propose(20)} > {1}
 
 
 def test_more_gpus_are_faster_and_less_efficient():
