@@ -75,36 +75,27 @@ def uses(module: str, package: str) -> bool:
 )
 def test_the_import_check_sees_every_spelling(source):
     assert any(name.startswith("torch.distributed") for name in used_modules(source))
-    assert not any(
-        name.startswith("torch.distributed") for name in used_modules("import torch\ntorch.nn.Linear")
-    )
+    assert not any(name.startswith("torch.distributed") for name in used_modules("import torch\ntorch.nn.Linear"))
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_engine_imports_stay_in_their_rooms(module):
     if not module.startswith(MEGATRON_ROOMS):
-        assert not uses(module, "megatron"), (
-            "megatron belongs to model/, parallel/, training/, data/indexed|packing"
-        )
+        assert not uses(module, "megatron"), "megatron belongs to model/, parallel/, training/, data/indexed|packing"
     if not module.startswith(DISTRIBUTED_ROOMS):
         assert not uses(module, "torch.distributed"), "torch.distributed belongs to parallel/ and training/"
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("method/")])
 def test_method_needs_torch_and_numpy_only(module):
-    packages = {
-        name.partition(".")[0] for name in used_modules((PACKAGE / module).read_text(encoding="utf-8"))
-    }
+    packages = {name.partition(".")[0] for name in used_modules((PACKAGE / module).read_text(encoding="utf-8"))}
     assert packages <= METHOD_PACKAGES
     assert not uses(module, "megatron_bitlm.errors"), "method/ raises plain ValueError"
 
 
 def test_source_files_fit_on_a_few_screens():
     files = [ROOT / "setup.py", *PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
-    lengths = {
-        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
-        for path in files
-    }
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     for name, num_lines in lengths.items():
         if num_lines > ADVISED_NUM_LINES:
             warnings.warn(f"{name} has {num_lines} lines; {ADVISED_NUM_LINES} are advised", stacklevel=1)
@@ -143,9 +134,7 @@ def command_help(*arguments: str) -> str:
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
 def test_documented_make_targets_exist(path):
-    targets = set(
-        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    )
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", code_blocks(path.read_text(encoding="utf-8"))))
     assert named <= targets
 
@@ -154,16 +143,12 @@ def test_documented_commands_and_options_exist():
     num_commands = 0
     for path in documents():
         lines = code_blocks(path.read_text(encoding="utf-8")).replace("\\\n", " ").splitlines()
-        for command in (
-            match for line in lines for match in re.findall(r"(?:^|/|\s)bitlm\s+([^#|;&]+)", line)
-        ):
+        for command in (match for line in lines for match in re.findall(r"(?:^|/|\s)bitlm\s+([^#|;&]+)", line)):
             words = command.split()
             names = words[: 2 if words[0] in ("evaluate", "bench", "slurm") else 1]
             text = command_help(*names)
             for option in re.findall(r"(?<=\s)--[a-z][\w.-]*", command):
-                assert re.search(rf"{option}(?![\w-])", text), (
-                    f"{path.name}: bitlm {command.strip()}: no {option}"
-                )
+                assert re.search(rf"{option}(?![\w-])", text), f"{path.name}: bitlm {command.strip()}: no {option}"
             num_commands += 1
     assert num_commands > 3
 
@@ -173,9 +158,7 @@ def test_documents_name_files_that_exist(path):
     text = path.read_text(encoding="utf-8")
     links = {link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link}
     links |= {f"/{name}" for name in re.findall(r"`((?:megatron_bitlm|tests|docs|examples)/[\w./-]+)`", text)}
-    missing = [
-        link for link in links if not (ROOT / link[1:] if link[0] == "/" else path.parent / link).exists()
-    ]
+    missing = [link for link in links if not (ROOT / link[1:] if link[0] == "/" else path.parent / link).exists()]
     assert not missing
 
 
@@ -192,9 +175,7 @@ def test_examples_name_settings_that_exist(path):
 
 def test_no_leftovers_in_the_sources():
     """No unfinished marks, no paths of one machine, no mention of notes that are not in the repository."""
-    marks = re.compile(
-        r"\b(?:TO" r"DO|FIX" r"ME|X" r"XX)\b|(?<![\w.])/(?:work|home|root|tmp)/\w|\b[A-Z]{4,}\.md\b"
-    )
+    marks = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|X" r"XX)\b|(?<![\w.])/(?:work|home|root|tmp)/\w|\b[A-Z]{4,}\.md\b")
     known = {path.name for path in documents()}
     suffixes = {".py", ".md", ".toml", ".yaml", ".txt", ""}
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=False, capture_output=True, text=True)

@@ -129,9 +129,7 @@ def _layout(settings: AttentionBenchmark) -> BlockCausalLayout:
     if mean_blocks < 1:
         raise ValueError(f"a mean document of {settings.mean_document_tokens} tokens is shorter than a block")
     num_tokens = settings.batch_size * settings.seq_len
-    lengths = np.random.default_rng(settings.seed).geometric(
-        1 / mean_blocks, num_tokens // settings.block_size
-    )
+    lengths = np.random.default_rng(settings.seed).geometric(1 / mean_blocks, num_tokens // settings.block_size)
     ends = np.cumsum(lengths) * settings.block_size
     row_starts = range(0, num_tokens + 1, settings.seq_len)
     return BlockCausalLayout.build(*rows, sorted({*ends[ends < num_tokens].tolist(), *row_starts}))

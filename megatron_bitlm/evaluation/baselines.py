@@ -139,9 +139,7 @@ class SmoothedBigram:
     def __init__(self, counts: BigramCounts) -> None:
         contexts, targets, pair_counts = counts.table()
         if pair_counts.size == 0:
-            raise BitLMError(
-                "The training documents hold no tokens, so no unigram or bigram baseline can be counted."
-            )
+            raise BitLMError("The training documents hold no tokens, so no unigram or bigram baseline can be counted.")
         self.vocab_size = counts.vocab_size
         self._keys = contexts * self.vocab_size + targets
         self._pair_counts = pair_counts
@@ -159,9 +157,7 @@ class SmoothedBigram:
         self._context_counts = sum_by(contexts, pair_counts)
         self._num_successors = sum_by(contexts, np.ones_like(pair_counts))
 
-    def pair_probabilities(
-        self, contexts: NDArray[np.int64], targets: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
+    def pair_probabilities(self, contexts: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
         """p2(target | context) for arrays of the same shape; float64 of that shape."""
         keys = contexts * self.vocab_size + targets
         places = np.minimum(np.searchsorted(self._keys, keys), self._keys.size - 1)

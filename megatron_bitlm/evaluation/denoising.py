@@ -148,9 +148,7 @@ def _check_denoising(
 ) -> tuple[list[str], list[list[str]] | None]:
     """Printable final tokens [M], and those of every row [num_steps + 1][M] where given."""
     if states.ndim != 3 or times.shape != states.shape[:1]:
-        raise ValueError(
-            f"states {states.shape} and times {times.shape} must be [rows, slots, bits] and [rows]"
-        )
+        raise ValueError(f"states {states.shape} and times {times.shape} must be [rows, slots, bits] and [rows]")
     num_rows, num_slots, _ = states.shape
     if all(isinstance(text, str) for text in tokens):
         final, rows = [printable(str(text)) for text in tokens], None

@@ -37,6 +37,5 @@ def printable(text: str) -> str:
     """The text as a Python string literal, with what the plots' font cannot show as escapes."""
     font = get_font(findfont(FontProperties(family=MONO_FONT)))
     return "".join(
-        character if font.get_char_index(ord(character)) else ascii(character)[1:-1]
-        for character in repr(text)
+        character if font.get_char_index(ord(character)) else ascii(character)[1:-1] for character in repr(text)
     )

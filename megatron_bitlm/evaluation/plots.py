@@ -44,9 +44,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             # Only the text after the last line break can be a line still being written.
             if number == len(lines):
                 break
-            raise BitLMError(
-                f"{path}, line {number} is not JSON ({error.msg}): the file is damaged."
-            ) from error
+            raise BitLMError(f"{path}, line {number} is not JSON ({error.msg}): the file is damaged.") from error
         if not isinstance(record, dict):
             raise BitLMError(f"{path}, line {number} is not a JSON object: the file is damaged.")
         records.append(record)
@@ -98,9 +96,7 @@ def plot_loss(
     save_figure(figure, path)
 
 
-def _series(
-    records: Sequence[Mapping[str, Any]], key: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Steps and finite values of one key, by step; the later record of a step wins."""
     values = {int(record["step"]): float(record[key]) for record in records if record.get(key) is not None}
     steps = np.array(sorted(values), dtype=np.float64)
@@ -135,9 +131,7 @@ def _draw_references(axis: Axes, reference_lines: Mapping[str, float]) -> None:
         )
 
 
-def _draw_training_loss(
-    axis: Axes, records: Sequence[Mapping[str, Any]], reference_lines: Mapping[str, float]
-) -> None:
+def _draw_training_loss(axis: Axes, records: Sequence[Mapping[str, Any]], reference_lines: Mapping[str, float]) -> None:
     steps, losses = _series(records, "loss")
     smoothed = _smooth(losses, max(1, losses.size // 25))
     axis.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8, label="each step")
@@ -161,17 +155,13 @@ def _draw_validation(
         axis.set_title("No validation was run", fontsize=10)
         return
     axis.plot(steps, bounds, color=ORANGE, linewidth=2, marker="o", markersize=4, label="upper bound")
-    standings = [
-        f"{'below' if bounds[-1] < value else 'above'} {name}" for name, value in reference_lines.items()
-    ]
+    standings = [f"{'below' if bounds[-1] < value else 'above'} {name}" for name, value in reference_lines.items()]
     standing = f": {', '.join(standings)}" if standings else ""
     axis.set_title(f"Held-out bound ≤ {bounds[-1]:.2f} {unit}{standing}", fontsize=10)
     axis.legend(frameon=False, loc="lower left")
 
 
-def _draw_time_buckets(
-    axis: Axes, records: Sequence[Mapping[str, Any]], buckets: Sequence[str], prefix: str
-) -> None:
+def _draw_time_buckets(axis: Axes, records: Sequence[Mapping[str, Any]], buckets: Sequence[str], prefix: str) -> None:
     # Cividis runs from dark to light for every kind of colour vision; its palest end would vanish on white.
     colors = colormaps["cividis"](np.linspace(0.9, 0.0, len(buckets)))
     for key, color in zip(buckets, colors, strict=True):

@@ -150,13 +150,9 @@ def _layout_of(
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless queries, keys and values fit together but for their lengths."""
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(
-            f"q, k and v need four axes, got shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+        raise ValueError(f"q, k and v need four axes, got shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q, k and v do not fit together: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+        raise ValueError(f"q, k and v do not fit together: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     if not q.dtype == k.dtype == v.dtype:

@@ -53,9 +53,7 @@ def flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return None
 
 
-def flash_block_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
-) -> Tensor:
+def flash_block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float) -> Tensor:
     """q [B, S, H, D], k/v [B, S, P, D] -> [B, S, H, D]; keeps q, k, v, out and lse, as plain flash does."""
     num_kv_heads = k.shape[2]
     split = not q.is_cuda and layout.block_size > 1 and num_kv_heads > 1
@@ -116,9 +114,7 @@ def flash_backward(
 
 class _FlashBlockCausal(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float) -> Tensor:
         """The merged output, [B, S, H, D]."""
         out, lse, kernel_state = flash_forward(q, k, v, layout, scale)
         ctx.save_for_backward(q, k, v, out, lse, *kernel_state)
@@ -177,9 +173,7 @@ def _causal_backward_cpu(
     return grads
 
 
-def _cpu_kernel_forward(
-    q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float
-) -> tuple[Tensor, Tensor]:
+def _cpu_kernel_forward(q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float) -> tuple[Tensor, Tensor]:
     """out [documents, length, H, D] and lse [documents, length, H] of one group of documents."""
     heads_first = (_by_document(x, group).transpose(1, 2) for x in (q, k, v))
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, True, scale=scale)
@@ -303,9 +297,7 @@ def _add_later_key_grads(
     grad_v.baddbmm_(_spread_heads(probability, q.dtype).transpose(1, 2), grad_block)
 
 
-def _later_scores(
-    q_block: Tensor, k_block: Tensor, num_kv_heads: int, block_size: int, scale: float
-) -> Tensor:
+def _later_scores(q_block: Tensor, k_block: Tensor, num_kv_heads: int, block_size: int, scale: float) -> Tensor:
     """Scaled scores of each query slot with the later slots of its block, -inf elsewhere: [N, M, G, M, P]."""
     scores = _matching_heads(_wide_bmm(q_block, k_block), num_kv_heads, block_size)
     slot = torch.arange(block_size, device=q_block.device)

@@ -15,9 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from megatron_bitlm.method.attention_layout import BlockCausalLayout
 
 
-def flex_block_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
-) -> Tensor:
+def flex_block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float) -> Tensor:
     """q [B, S, H, D], k/v [B, S, Hk, D] -> [B, S, H, D]. Compiled on CUDA; on CPU unfused and forward only.
 
     Raises:
@@ -25,9 +23,7 @@ def flex_block_causal_attention(
     """
     if not q.is_cuda:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise ValueError(
-                "FlexAttention has no backward on CPU; use the flash or the dense attention backend"
-            )
+            raise ValueError("FlexAttention has no backward on CPU; use the flash or the dense attention backend")
         q, k, v = q.detach(), k.detach(), v.detach()  # leaves are refused even under no_grad
     attend = _compiled_flex_attention() if q.is_cuda else _unfused_flex_attention()
     mask = block_mask(layout, q.device)
@@ -43,13 +39,9 @@ def block_mask(layout: BlockCausalLayout, device: torch.device) -> BlockMask:
         document_bs, block_size = layout.document_ids_on(device), layout.block_size
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key // block_size <= query // block_size) & (
-                document_bs[batch, query] == document_bs[batch, key]
-            )
+            return (key // block_size <= query // block_size) & (document_bs[batch, query] == document_bs[batch, key])
 
-        return create_block_mask(
-            sees, layout.batch_size, None, layout.seq_len, layout.seq_len, device=str(device)
-        )
+        return create_block_mask(sees, layout.batch_size, None, layout.seq_len, layout.seq_len, device=str(device))
 
     return layout.keep("flex_block_mask", device, make)
 

@@ -115,9 +115,7 @@ class BlockCausalLayout:
 
     def offsets_on(self, device: torch.device) -> Tensor:
         """``cu_seqlens`` as int32 [num_documents + 1] on ``device``."""
-        return self.keep(
-            "offsets", device, lambda: torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device)
-        )
+        return self.keep("offsets", device, lambda: torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device))
 
     def document_ids_on(self, device: torch.device) -> Tensor:
         """Number of the document each token belongs to, int32 [B, S] on ``device``."""

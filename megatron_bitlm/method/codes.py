@@ -190,9 +190,7 @@ class BinaryCode:
         expected = packed_num_bytes(num_tokens, self.num_bits)
         if packed.ndim == 0 or packed.shape[-1] != expected:
             shape = tuple(packed.shape)
-            raise ValueError(
-                f"{num_tokens} tokens of {self.num_bits} bits take {expected} bytes, got shape {shape}"
-            )
+            raise ValueError(f"{num_tokens} tokens of {self.num_bits} bits take {expected} bytes, got shape {shape}")
 
     def _maps_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(id -> pattern, pattern -> id), int64 [V] each. Only called when there is a code map."""

@@ -25,9 +25,7 @@ from megatron_bitlm.model.layout import SequenceLayout
 class Objective(Protocol):
     """Scores every block: `DenoisingObjective`, or `likelihood_terms` with its settings bound."""
 
-    def __call__(
-        self, head: DiffusionHead, condition: Tensor, clean: Tensor, sample: Tensor, block: Tensor
-    ) -> object:
+    def __call__(self, head: DiffusionHead, condition: Tensor, clean: Tensor, sample: Tensor, block: Tensor) -> object:
         """head, C [B, N, M, D], a_0 [B, N, M, K], sample [B], block [N] -> any scores by block."""
 
 

@@ -59,9 +59,7 @@ def _reset_keyed(module: nn.Module, key: int) -> None:
 
 def _is_norm_weight(name: str) -> bool:
     # Transformer Engine keeps a fused norm's weight inside the linear that follows it.
-    return name.endswith("layer_norm_weight") or (
-        name.endswith(".weight") and "layernorm" in name.split(".")[-2]
-    )
+    return name.endswith("layer_norm_weight") or (name.endswith(".weight") and "layernorm" in name.split(".")[-2])
 
 
 def _tensor_parallel_shard(full: Tensor, name: str, dim: int, rank: int, size: int) -> Tensor:

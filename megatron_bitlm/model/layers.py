@@ -70,9 +70,7 @@ class RMSNorm(nn.Module):
         return _RMSNormFunction.apply(x, self.weight, self.eps)
 
 
-def rotary_tables(
-    positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, each [S, B, 1, head_dim / 2], computed in fp32."""
     channels = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (channels / head_dim)

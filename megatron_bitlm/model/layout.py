@@ -143,9 +143,7 @@ class SequenceLayout(PackedSeqParams):
         return layout
 
     @classmethod
-    def next_block(
-        cls, kv_cache: KVCache, block_size: int, *, device: torch.device | str
-    ) -> "SequenceLayout":
+    def next_block(cls, kv_cache: KVCache, block_size: int, *, device: torch.device | str) -> "SequenceLayout":
         """Layout of one more block behind the cached tokens."""
         positions = torch.arange(kv_cache.length, kv_cache.length + block_size, device=device)
         positions = positions.expand(kv_cache.batch_size, block_size)

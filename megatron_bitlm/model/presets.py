@@ -54,8 +54,7 @@ class BackboneConfig:
             )
         if self.head_dim % 2:
             raise BitLMError(
-                f"backbone.head_dim is {self.head_dim}; rotary embeddings turn pairs of channels, so "
-                "it must be even"
+                f"backbone.head_dim is {self.head_dim}; rotary embeddings turn pairs of channels, so it must be even"
             )
 
     @property

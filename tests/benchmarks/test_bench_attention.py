@@ -18,9 +18,7 @@ def test_report(tmp_path, capsys, mean_document_tokens):
     timings = report["timings"]
     assert list(timings) == ["fast", "masked_sdpa", "causal_same_documents", "causal_sdpa"]
     assert timings["fast"]["ratio_to_fast"] == 1
-    assert all(
-        len(t["milliseconds"]) == 3 and t["min_ms"] <= t["median_ms"] <= t["max_ms"] for t in timings.values()
-    )
+    assert all(len(t["milliseconds"]) == 3 and t["min_ms"] <= t["median_ms"] <= t["max_ms"] for t in timings.values())
     assert (report["num_documents"] == 2) == (mean_document_tokens == 0)
     printed = capsys.readouterr().out
     assert all(name in printed for name in timings)

@@ -69,9 +69,7 @@ def test_equals_brute_force(train, heldout, block_size):
     )
     num_tokens = sum(len(text) + 1 for text in heldout)
     text_num_bytes = sum(int(num_bytes[token]) for text in heldout for token in text)
-    for result, nats in zip(
-        (results["unigram"], results["bigram"]), brute_force(train, heldout), strict=True
-    ):
+    for result, nats in zip((results["unigram"], results["bigram"]), brute_force(train, heldout), strict=True):
         assert result.num_tokens == num_tokens
         assert result.num_bytes == text_num_bytes
         assert result.nats_per_token == pytest.approx(nats / num_tokens, rel=1e-12)
@@ -93,9 +91,7 @@ def test_distributions_sum_to_one_for_seen_and_unseen_contexts(texts):
 
 
 def test_eos_fill_and_bos_are_not_counted():
-    contexts, targets = counted_pairs(
-        np.array([6, 6, 6, 6, 1, 7, 7, 7, 6, 6, 6, 6, 2, 3, 4, 7]), bos_id=6, eos_id=7
-    )
+    contexts, targets = counted_pairs(np.array([6, 6, 6, 6, 1, 7, 7, 7, 6, 6, 6, 6, 2, 3, 4, 7]), bos_id=6, eos_id=7)
     assert contexts.tolist() == [6, 1, 6, 2, 3, 4]
     assert targets.tolist() == [1, 7, 2, 3, 4, 7]
 

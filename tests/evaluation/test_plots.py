@@ -31,9 +31,7 @@ def texts(figure):
 
 
 def training_records(num_steps=40):
-    records = [
-        {"step": step, "loss": 1 / step, "error_by_time/0.0-0.5": 0.1} for step in range(1, num_steps + 1)
-    ]
+    records = [{"step": step, "loss": 1 / step, "error_by_time/0.0-0.5": 0.1} for step in range(1, num_steps + 1)]
     records.append({"step": 20, "validation/bits_per_byte": 5.0, "validation/nats_per_token": 3.5})
     records.append({"step": 40, "validation/bits_per_byte": 3.0, "validation/nats_per_token": 2.1})
     return records
@@ -136,9 +134,7 @@ def test_denoising_picture_of_any_shape(tmp_path, num_steps, num_slots, num_bits
     states, times, _ = block(num_steps, num_slots, num_bits)
     for quantity in ("belief", "state"):
         path = tmp_path / f"{quantity}.png"
-        plot_denoising(
-            states, times, [[" international"] * num_slots] * (num_steps + 1), path, quantity=quantity
-        )
+        plot_denoising(states, times, [[" international"] * num_slots] * (num_steps + 1), path, quantity=quantity)
         assert is_picture(path)
 
 

@@ -18,14 +18,10 @@ from megatron_bitlm.method.attention_flash import flash_obstacle
 CPU = torch.device("cpu")
 
 
-def _reference_mask(
-    batch_size: int, seq_len: int, block_size: int, cu_seqlens: list[int] | None
-) -> torch.Tensor:
+def _reference_mask(batch_size: int, seq_len: int, block_size: int, cu_seqlens: list[int] | None) -> torch.Tensor:
     """Eq. 16 and documents, spelled out on the flattened batch: bool [B, S, S]."""
     offsets = cu_seqlens or [row * seq_len for row in range(batch_size + 1)]
-    document = np.searchsorted(offsets, np.arange(batch_size * seq_len), side="right").reshape(
-        batch_size, seq_len
-    )
+    document = np.searchsorted(offsets, np.arange(batch_size * seq_len), side="right").reshape(batch_size, seq_len)
     block = np.arange(seq_len) // block_size
     sees = (document[:, :, None] == document[:, None, :]) & (block[None, None, :] <= block[None, :, None])
     return torch.from_numpy(sees)
@@ -41,12 +37,8 @@ def _reference(q, k, v, mask_bss, scale=None):
 
 def _inputs(batch_size, seq_len, num_heads, num_kv_heads, head_dim, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [
-        (batch_size, seq_len, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
-    ]
-    q, k, v, grad_out = (
-        torch.randn(s, generator=generator, dtype=torch.float64).mul(1.3).to(dtype) for s in shapes
-    )
+    shapes = [(batch_size, seq_len, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
+    q, k, v, grad_out = (torch.randn(s, generator=generator, dtype=torch.float64).mul(1.3).to(dtype) for s in shapes)
     return q, k, v, grad_out
 
 
@@ -80,23 +72,17 @@ def _max_errors(q, k, v, grad_out, block_size, cu_seqlens, backend):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (8, 1)])
-@pytest.mark.parametrize(
-    ("seq_len", "head_dim", "batch_size"), [(64, 16, 3), (64, 64, 1), (64, 128, 3), (512, 64, 1)]
-)
+@pytest.mark.parametrize(("seq_len", "head_dim", "batch_size"), [(64, 16, 3), (64, 64, 1), (64, 128, 3), (512, 64, 1)])
 def test_flash_equals_reference_in_float64(seq_len, head_dim, batch_size, heads, block_size, documents):
     inputs = _inputs(batch_size, seq_len, *heads, head_dim)
     cu_seqlens = _some_documents(batch_size, seq_len, block_size) if documents else None
     assert max(_max_errors(*inputs, block_size, cu_seqlens, "flash")) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "heads", "block_size"), [(16, (8, 2), 4), (128, (4, 4), 8), (64, (8, 1), 2)]
-)
+@pytest.mark.parametrize(("head_dim", "heads", "block_size"), [(16, (8, 2), 4), (128, (4, 4), 8), (64, (8, 1), 2)])
 def test_flash_equals_reference_on_a_long_packed_batch(head_dim, heads, block_size):
     inputs = _inputs(3, 512, *heads, head_dim)
-    assert (
-        max(_max_errors(*inputs, block_size, _some_documents(3, 512, block_size, cuts=9), "flash")) <= 1e-12
-    )
+    assert max(_max_errors(*inputs, block_size, _some_documents(3, 512, block_size, cuts=9), "flash")) <= 1e-12
 
 
 @pytest.mark.parametrize("heads", [(16, 16), (16, 8)])
@@ -132,9 +118,7 @@ def test_any_documents(block_size, batch_size, num_blocks, data):
     assert max(_max_errors(*inputs, block_size, cu_seqlens, "flash")) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.25), (torch.float16, 0.02)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.25), (torch.float16, 0.02)])
 @pytest.mark.parametrize("block_size", [4, 8])
 def test_lower_precision_is_as_good_as_masked_attention(dtype, tolerance, block_size):
     inputs = _inputs(2, 256, 8, 2, 64, dtype)

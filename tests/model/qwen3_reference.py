@@ -36,9 +36,7 @@ def _widen_norms(model: torch.nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__ == "Qwen3RMSNorm":
-                norm = torch.nn.RMSNorm(
-                    child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64
-                )
+                norm = torch.nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64)
                 setattr(module, name, norm)
 
 
