@@ -32,7 +32,8 @@ class HeadConfig:
         width: Channels W of the head; null means the backbone's width (BitDance).
         num_layers: Transformer blocks.
         num_modulation_groups: Consecutive blocks share one modulation; must divide `num_layers`.
-        head_dim: Channels per attention head; must divide `width`.
+        head_dim: Channels per attention head; must divide `width`. Null means 128, BitDance's, or for a width that is
+            no multiple of 128 the next smaller power of two that divides it.
         conditioning: `slot` feeds state i of the previous block to slot i (the paper); `mix` adds to each slot a
             learned linear function of all M states.
         slot_embedding: Add a learned vector per slot to the noisy input.
@@ -44,7 +45,7 @@ class HeadConfig:
     width: int | None = None
     num_layers: int = 6
     num_modulation_groups: int = 2
-    head_dim: int = 128
+    head_dim: int | None = None
     conditioning: Literal["slot", "mix"] = "slot"
     slot_embedding: bool = False
     adaln_init_std: float = 0.0
@@ -99,7 +100,9 @@ class DiffusionHead(nn.Module):
             self.mix = nn.Linear(block_size * condition_size, block_size * width, bias=False)
         self.time_in = linear(TIME_FEATURES, width)
         self.time_out = linear(width, width)
-        self.layers = nn.ModuleList(HeadLayer(width, config.head_dim, linear) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            HeadLayer(width, attention_head_dim(config, width), linear) for _ in range(config.num_layers)
+        )
         self.modulations = nn.ModuleList(linear(width, 6 * width) for _ in range(config.num_modulation_groups))
         self.final_modulation = linear(width, 2 * width)
         self.output = nn.Linear(width, num_bits)
@@ -226,11 +229,17 @@ def clean_estimate(logits: Tensor) -> Tensor:
     return torch.tanh(0.5 * logits)
 
 
+def attention_head_dim(config: HeadConfig, width: int) -> int:
+    """Channels of an attention head at `width`: the setting, or the largest power of two up to 128 that divides it."""
+    return config.head_dim or math.gcd(width, 128)
+
+
 def check_head_config(config: HeadConfig, width: int) -> None:
     """Raise ValueError, naming the setting and its value, where the head cannot be built at `width`."""
-    if width < 2 or config.num_layers < 1 or config.num_modulation_groups < 1 or config.head_dim < 1:
+    sizes = (config.num_layers, config.num_modulation_groups, 1 if config.head_dim is None else config.head_dim)
+    if width < 2 or min(sizes) < 1:
         raise ValueError(f"head sizes must be positive: {config} at width {width}")
-    if width % config.head_dim:
+    if config.head_dim is not None and width % config.head_dim:
         raise ValueError(f"head width {width} is not divisible by head_dim {config.head_dim}")
     if config.num_layers % config.num_modulation_groups:
         raise ValueError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bitlm.method.head import TIME_FEATURES
+from megatron_bitlm.method.head import TIME_FEATURES, attention_head_dim
 from megatron_bitlm.training.config import RunConfig
 
 _FP32_BYTES = 4
@@ -112,7 +112,7 @@ def _head(config: RunConfig, num_bits: int, element: int) -> tuple[float, float,
     """Bytes a token of head and loss: kept, of one layer, and of the gradients inside a layer."""
     head, hidden = config.model.head, config.model.resolve_backbone().hidden_size
     copies, width = config.objective.samples_per_block, head.width or hidden
-    layer = _HEAD_LAYER_WIDTHS * width * element + _FP32_BYTES * (4 + width / head.head_dim)
+    layer = _HEAD_LAYER_WIDTHS * width * element + _FP32_BYTES * (4 + width / attention_head_dim(head, width))
     modulations = 6 * head.num_modulation_groups * width * element
     gradients = 6 if head.activation_checkpointing else 2  # a checkpointed layer's modulation gradient comes at once
     kept_layer = width * element if head.activation_checkpointing else layer

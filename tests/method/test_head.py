@@ -9,6 +9,7 @@ from torch import nn
 from megatron_bitlm.method.head import (
     DiffusionHead,
     HeadConfig,
+    attention_head_dim,
     check_head_config,
     clean_estimate,
     time_features,
@@ -354,3 +355,10 @@ def test_half_precision_heads_return_float32_logits():
     assert logits.dtype == torch.float32
     expected = exact(noisy, time, condition, drop)
     assert ((logits - expected).norm() / expected.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize(("width", "head_dim"), [(4096, 128), (128, 128), (192, 64), (96, 32), (3, 1)])
+def test_attention_heads_of_any_width(width: int, head_dim: int) -> None:
+    assert attention_head_dim(HeadConfig(), width) == head_dim
+    assert attention_head_dim(HeadConfig(head_dim=16), width) == 16
+    check_head_config(HeadConfig(), width)

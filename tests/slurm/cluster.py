@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.distributed_harness import free_port
+
 PACKAGES = ("slurm-wlm", "munge")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 NODES = ("n1", "n2")
@@ -27,6 +29,8 @@ _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+# Jobs of two clusters on this machine must not agree on a rendezvous.
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -133,7 +137,7 @@ class SlurmCluster:
         self.folder.chmod(0o755)
         for name in ("munge", "state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir(mode=0o755)
-        ports = free_ports(1 + len(NODES))
+        ports = [free_port() for _ in range(1 + len(NODES))]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // (2 * len(NODES))
         host = socket.gethostname().partition(".")[0]
         nodes = [
@@ -142,7 +146,12 @@ class SlurmCluster:
             for name, port in zip(NODES, ports[1:], strict=True)
         ]
         text = _CONF.format(
-            host=host, controller_port=ports[0], folder=self.folder, nodes="\n".join(nodes), names=",".join(NODES)
+            host=host,
+            controller_port=ports[0],
+            first_job=20 * (ports[0] % 500) + 1,
+            folder=self.folder,
+            nodes="\n".join(nodes),
+            names=",".join(NODES),
         )
         (self.folder / "slurm.conf").write_text(text)
 
@@ -183,18 +192,6 @@ class SlurmCluster:
                 process.kill()
                 process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_ports(number: int) -> list[int]:
-    """TCP ports of 127.0.0.1 that nobody listens on at this moment."""
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, report: Callable[[], str]) -> Any:
