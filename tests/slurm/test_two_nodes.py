@@ -13,10 +13,10 @@ from tests.distributed_harness import run_ranks
 from tests.slurm.cluster import NODES, wait_until
 from tests.training_runs import read_metrics, run_config
 
-NUM_STEPS = 160
+NUM_STEPS = 100
 TIMEOUT_S = 240  # a stage takes seconds; this is for a machine that does much else
 SETTINGS = {"training__num_steps": NUM_STEPS, "checkpoint__interval_steps": 0, "training__progress": "lines"}
-SETTINGS |= {"training__log_interval_steps": 40, "validation__interval_steps": 80}
+SETTINGS |= {"training__log_interval_steps": 25, "validation__interval_steps": 50}
 
 
 def run_left_alone(directory: str, prefix: str) -> None:
