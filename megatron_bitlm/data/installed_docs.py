@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import PurePath
 
-from megatron_bitlm.data.workers import end_with_parent, pool_context
+from megatron_bitlm.data.workers import pool_context
+from megatron_bitlm.parallel.processes import end_with_parent
 
 MIN_NUM_CHARS = 40
 MAX_NUM_BYTES = 20_000_000

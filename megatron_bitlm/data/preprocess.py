@@ -28,9 +28,10 @@ from megatron_bitlm.data.partial import EncodedUnit, PartialDataset
 from megatron_bitlm.data.progress import CorpusProgress
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.data.tokenizer_loading import load_tokenizer
-from megatron_bitlm.data.workers import end_with_parent, num_usable_cores, pool_context
+from megatron_bitlm.data.workers import num_usable_cores, pool_context
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
+from megatron_bitlm.parallel.processes import end_with_parent
 
 _TRAIN_BPE = "train:bpe:"
 _BATCH_NUM_CHARS = 1 << 19  # keeps the unpacked bits of a batch within a few tens of megabytes
