@@ -18,7 +18,7 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.evaluation.baselines import BaselineResult, measure_baselines
 from megatron_bitlm.inference.load import LoadedModel, loaded_model
 from megatron_bitlm.training.likelihood import LikelihoodReport, LikelihoodScorer
-from megatron_bitlm.training.step import Inputs, PipelineRunner, to_device
+from megatron_bitlm.training.step import PipelineRunner, to_device
 
 _BOUND_SEED = 0x5EED
 _DOCUMENTS_AT_ONCE = 4096
@@ -61,11 +61,8 @@ def checkpoint_likelihood(
     micro_batch_size = min(micro_batch_size, len(valid))
     count = min(num_samples or len(valid), len(valid)) // micro_batch_size * micro_batch_size
     device, block_size = loaded.state.device, loaded.config.block_size
-
-    def batches() -> Iterator[Inputs]:
-        for batch in fixed_batches(valid, count, micro_batch_size=micro_batch_size):
-            yield to_device(batch, device, block_size)
-
+    batches = fixed_batches(valid, count, micro_batch_size=micro_batch_size)
+    inputs = [to_device(batch, device, block_size) for batch in batches]
     scorer = LikelihoodScorer(
         PipelineRunner([loaded.model], micro_batch_size, data.sequence_length),
         code=loaded.code,
@@ -75,7 +72,7 @@ def checkpoint_likelihood(
         sequence_parallel=False,
         device=device,
     )
-    return scorer(lambda: list(batches()), count, data.sequence_length // block_size, num_repeats)
+    return scorer(inputs, count, data.sequence_length // block_size, num_repeats)
 
 
 def split_baselines(data: DataConfig, token_num_bytes: np.ndarray) -> dict[str, BaselineResult]:

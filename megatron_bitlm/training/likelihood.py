@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +25,7 @@ from megatron_bitlm.method.likelihood import (
 from megatron_bitlm.method.objective import likelihood_terms
 from megatron_bitlm.method.path import TabulatedTime
 from megatron_bitlm.model.bitlm import ScoredBlocks
-from megatron_bitlm.training.step import Inputs, PipelineRunner
+from megatron_bitlm.training.step import Inputs, PipelineRunner, add_over_ranks
 
 _PILOT_SHARE = 4  # the pilot that adapts the proposal sees a quarter of the samples,
 _MIN_PILOT_SAMPLES = 16  # but not fewer than these
@@ -112,22 +111,20 @@ class LikelihoodScorer:
         self.sequence_parallel, self.device = sequence_parallel, device
 
     def __call__(
-        self, batches: Callable[[], list[Inputs]], num_samples: int, num_blocks: int, num_repeats: int = 1
+        self, inputs: list[Inputs], num_samples: int, num_blocks: int, num_repeats: int = 1
     ) -> LikelihoodReport:
         """Bound over samples 0 .. num_samples - 1, each of `num_blocks` target blocks. Collective.
 
-        `batches()` gives this data-parallel rank's micro-batches; together the ranks hold every sample once.
+        `inputs` are this data-parallel rank's micro-batches; together the ranks hold every sample once.
         """
         training = [chunk.training for chunk in self.runner.chunks]
         for chunk in self.runner.chunks:
             chunk.eval()
-        proposal = self._adapted(batches(), num_samples, num_blocks)
-        fields = [
-            self._fields(batches(), num_samples, num_blocks, proposal, 1 + repeat) for repeat in range(num_repeats)
-        ]
+        proposal = self._adapted(inputs, num_samples, num_blocks)
+        fields = [self._fields(inputs, num_samples, num_blocks, proposal, 1 + repeat) for repeat in range(num_repeats)]
         for chunk, mode in zip(self.runner.chunks, training, strict=True):
             chunk.train(mode)
-        return self._report(torch.stack(fields), proposal, self._num_bytes(batches()))
+        return self._report(torch.stack(fields), proposal, self._num_bytes(inputs))
 
     def _adapted(self, inputs: list[Inputs], num_samples: int, num_blocks: int) -> TabulatedTime:
         """The proposal, from the first samples by number: the same ones however they are spread over ranks."""
@@ -168,17 +165,7 @@ class LikelihoodScorer:
         if inputs:  # a rank may hold none of the pilot's samples
             with torch.no_grad():
                 self.runner.run(inputs, objective, collect, forward_only=True)
-        return self._gather(table).cpu()
-
-    def _gather(self, table: Tensor) -> Tensor:
-        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            if self.sequence_parallel:
-                dist.all_reduce(table, group=parallel_state.get_tensor_model_parallel_group())
-            dist.all_reduce(table, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            source = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(table, src=source, group=parallel_state.get_pipeline_model_parallel_group())
-        return table
+        return add_over_ranks(table, sequence_parallel=self.sequence_parallel).cpu()
 
     def _num_bytes(self, inputs: list[Inputs]) -> int:
         """UTF-8 bytes of the target blocks of every sample."""

@@ -178,21 +178,16 @@ class Session:
         """The likelihood bound on the validation samples. Collective."""
         self.complete_weights()
         num_samples = self.num_validation_samples
-
-        def batches() -> list[Inputs]:
-            return [
-                self._to_device(batch)
-                for batch in fixed_batches(
-                    self.valid_data,
-                    num_samples,
-                    micro_batch_size=self.config.training.micro_batch_size,
-                    data_parallel_rank=self.state.data_parallel_rank,
-                    data_parallel_size=self.state.data_parallel_size,
-                )
-            ]
-
+        batches = fixed_batches(
+            self.valid_data,
+            num_samples,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=self.state.data_parallel_rank,
+            data_parallel_size=self.state.data_parallel_size,
+        )
+        inputs = [self._to_device(batch) for batch in batches]
         num_blocks = self.config.data.sequence_length // self.config.model.block_size
-        return self.scorer(batches, num_samples, num_blocks, self.config.validation.num_repeats)
+        return self.scorer(inputs, num_samples, num_blocks, self.config.validation.num_repeats)
 
     def _whole_validation_batches(self) -> int:
         """As many of the validation samples as fill micro-batches on all ranks."""
