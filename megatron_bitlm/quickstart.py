@@ -110,10 +110,12 @@ def _make_dataset(prefix: Path, config: RunConfig, tokenizer: str) -> None:
 
 
 def _likelihood(loaded: LoadedModel, config: RunConfig) -> dict[str, Any]:
-    _announce("evaluate", "likelihood", "--checkpoint", config.run.directory, "--baselines")
-    report = checkpoint_likelihood(
-        loaded, config.data, num_samples=None, micro_batch_size=config.training.micro_batch_size
+    micro_batch_size = config.training.micro_batch_size
+    _announce(
+        *("evaluate", "likelihood", "--checkpoint", config.run.directory, "--baselines"),
+        *("--micro-batch-size", str(micro_batch_size)),
     )
+    report = checkpoint_likelihood(loaded, config.data, num_samples=None, micro_batch_size=micro_batch_size)
     figures = likelihood_figures(report)
     baselines = split_baselines(config.data, loaded.tokenizer.token_num_bytes())
     figures |= {name: asdict(result) for name, result in baselines.items()}
