@@ -130,20 +130,9 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    from pathlib import Path
+    from megatron_bitlm.benchmarks.command import run_bench
 
-    from jsonargparse import ArgumentParser
-
-    from megatron_bitlm.benchmarks.attention import AttentionBenchmark, bench_attention
-
-    parser = ArgumentParser(prog="bitlm bench", description="Compare variants in turns in one process.")
-    parser.add_argument("what", choices=["attention"], help="what to compare")
-    parser.add_argument("--json_path", type=str, help="also write the figures to this file")
-    parser.add_class_arguments(AttentionBenchmark, None)
-    values = vars(parser.parse_args(arguments))
-    values.pop("what")
-    path = values.pop("json_path")
-    bench_attention(AttentionBenchmark(**values), Path(path) if path else None)
+    run_bench(arguments)
 
 
 def _quickstart(arguments: list[str]) -> None:

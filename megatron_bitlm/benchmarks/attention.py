@@ -10,20 +10,19 @@ The contestants take turns in one process, so that a change of clock or load mee
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bitlm.data.files import write_atomic
+from megatron_bitlm.benchmarks.harness import BenchmarkConfig, Comparison, take_turns
+from megatron_bitlm.benchmarks.memory import peak_memory
+from megatron_bitlm.benchmarks.report import check_output, describe_device, make_report, publish
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.attention import (
     BlockCausalLayout,
@@ -38,11 +37,26 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_CONTESTANTS = ("fast", "masked_sdpa", "causal_same_documents", "causal_sdpa")
 
 
-@dataclass
-class AttentionBenchmark:
-    """What to time; with ``mean_document_tokens`` 0 each row is one document."""
+@dataclass(kw_only=True)
+class AttentionBenchmark(BenchmarkConfig):
+    """Attention alone, forward and backward.
+
+    Attributes:
+        seq_len: S, tokens of a row.
+        batch_size: Rows.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads, which divide the query heads.
+        head_dim: Channels of a head.
+        block_size: m.
+        mean_document_tokens: Mean length of documents, geometrically distributed; 0 makes each row one document.
+        dtype: float32, float64, bfloat16 or float16.
+        memory: Also measure each contestant's peak memory, in a process of its own.
+        seed: Of inputs and documents.
+        num_repetitions: Turns that are counted.
+    """
 
     seq_len: int = 4096
     batch_size: int = 1
@@ -52,72 +66,46 @@ class AttentionBenchmark:
     block_size: int = 4
     mean_document_tokens: int = 0
     dtype: str = "float32"
-    device: str = "cpu"
-    num_warmup: int = 1
-    num_repetitions: int = 7
+    memory: bool = False
     seed: int = 0
+    num_repetitions: int = 7
 
 
-@dataclass
-class Timing:
-    """Milliseconds of one forward and backward pass of one contestant."""
-
-    milliseconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        """Median over the repetitions."""
-        return statistics.median(self.milliseconds)
-
-    def summary(self, fast: Timing) -> dict[str, float | list[float]]:
-        """Median, range, and the median over turns of its time divided by ``fast``'s in the same turn."""
-        turns = zip(self.milliseconds, fast.milliseconds, strict=True)
-        return {
-            "median_ms": self.median,
-            "min_ms": min(self.milliseconds),
-            "max_ms": max(self.milliseconds),
-            "ratio_to_fast": statistics.median(own / other for own, other in turns),
-            "milliseconds": self.milliseconds,
-        }
-
-
-def bench_attention(settings: AttentionBenchmark, json_path: Path | None = None) -> dict[str, object]:
-    """Times the contestants, prints a table and returns the figures (also as JSON in ``json_path``).
+def bench_attention(settings: AttentionBenchmark, output: Path | None = None) -> dict[str, Any]:
+    """Times the contestants, prints a table and returns the figures (also as JSON in ``output``).
 
     Raises:
-        BitLMError: settings that do not fit each other or the device, or a ``json_path`` that exists.
+        BitLMError: settings that do not fit each other or the device, or an ``output`` that exists.
     """
-    if json_path is not None and json_path.exists():
-        raise BitLMError(f"{json_path} exists already; name another file for the figures of the benchmark")
+    check_output(output)
+    settings.validate()
     if settings.dtype not in _DTYPES:
         raise BitLMError(f"dtype {settings.dtype!r} is not one of {', '.join(_DTYPES)}")
-    if settings.num_repetitions < 1 or settings.num_warmup < 0:
-        raise BitLMError(f"num_repetitions must be at least 1, got {settings.num_repetitions}")
-    device = torch.device(settings.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BitLMError("device 'cuda' asked for, but PyTorch finds no CUDA device; use device cpu")
+    device, dtype = settings.torch_device(), _DTYPES[settings.dtype]
+    machine = describe_device(device)
     try:
         layout = _layout(settings)
-        contestants = _contestants(settings, layout, device)
+        _check_heads(settings)
     except ValueError as error:
         raise BitLMError(f"the attention benchmark cannot run: {error}") from error
-    load_before = os.getloadavg()[0]
-    timings = _take_turns(contestants, settings, device)
-    report: dict[str, object] = {
-        "settings": asdict(settings),
-        "backend": choose_backend(device, _DTYPES[settings.dtype], settings.head_dim),
-        "num_documents": len(layout.cu_seqlens) - 1,
-        "torch": torch.__version__,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_threads": torch.get_num_threads(),
-        "load_average_before": load_before,
-        "load_average_after": os.getloadavg()[0],
-        "timings": {name: timing.summary(timings["fast"]) for name, timing in timings.items()},
-    }
-    print(_table(settings, report, timings))
-    if json_path is not None:
-        write_atomic(json_path, (json.dumps(report, indent=1) + "\n").encode())
-    return report
+    peaks = {name: peak_memory(build_call, settings, name, device) for name in _CONTESTANTS} if settings.memory else {}
+    seconds = take_turns(_contestants(settings, layout, device), settings, device)
+    tokens = float(settings.batch_size * settings.seq_len)
+    comparison = Comparison("fast", seconds, dict.fromkeys(seconds, tokens), "tokens", peaks)
+    num_documents = len(layout.cu_seqlens) - 1
+    facts = {"backend": choose_backend(device, dtype, settings.head_dim), "num_documents": num_documents}
+    title = (
+        f"attention forward + backward: {settings.batch_size} x {settings.seq_len} tokens, {num_documents} documents, "
+        f"{settings.num_heads}/{settings.num_kv_heads} heads of {settings.head_dim}, m = {settings.block_size}, "
+        f"{settings.dtype}, fast is {facts['backend']}"
+    )
+    report = make_report("attention", settings, machine, comparison, facts)
+    return publish(report, f"{title}\n{comparison.table()}", output)
+
+
+def build_call(settings: AttentionBenchmark, name: str) -> Callable[[], object]:
+    """One contestant alone: a call is one forward and backward pass."""
+    return _contestants(settings, _layout(settings), settings.torch_device(), (name,))[name]
 
 
 def _layout(settings: AttentionBenchmark) -> BlockCausalLayout:
@@ -135,11 +123,17 @@ def _layout(settings: AttentionBenchmark) -> BlockCausalLayout:
     return BlockCausalLayout.build(*rows, sorted({*ends[ends < num_tokens].tolist(), *row_starts}))
 
 
-def _contestants(
-    settings: AttentionBenchmark, layout: BlockCausalLayout, device: torch.device
-) -> dict[str, Callable[[], object]]:
-    if settings.num_heads % settings.num_kv_heads:
+def _check_heads(settings: AttentionBenchmark) -> None:
+    if settings.num_kv_heads < 1 or settings.num_heads % settings.num_kv_heads:
         raise ValueError(f"{settings.num_heads} heads cannot share {settings.num_kv_heads} key heads evenly")
+
+
+def _contestants(
+    settings: AttentionBenchmark,
+    layout: BlockCausalLayout,
+    device: torch.device,
+    names: Sequence[str] = _CONTESTANTS,
+) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(settings.seed)
 
     def draw(num_heads: int) -> Tensor:
@@ -149,9 +143,7 @@ def _contestants(
     q, k, v = (draw(heads).requires_grad_() for heads in (settings.num_heads, *2 * [settings.num_kv_heads]))
     grad_out = draw(settings.num_heads)
     causal_layout = BlockCausalLayout.build(layout.batch_size, layout.seq_len, 1, layout.cu_seqlens)
-    # The mask in the dtype of the scores: a boolean one would be converted anew at every call.
-    hidden = ~block_causal_mask(layout, device)
-    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=device).masked_fill_(hidden, -torch.inf)
+    mask = _additive_mask(layout, q.dtype, device) if "masked_sdpa" in names else None
     grouped = settings.num_heads != settings.num_kv_heads
 
     def sdpa(attn_mask: Tensor | None) -> Tensor:
@@ -167,46 +159,16 @@ def _contestants(
     def block_causal(layout: BlockCausalLayout) -> Tensor:
         return block_causal_attention(q, k, v, block_size=layout.block_size, cu_seqlens=layout)
 
-    return {
-        "fast": forward_backward(lambda: block_causal(layout)),
-        "masked_sdpa": forward_backward(lambda: sdpa(mask)),
-        "causal_same_documents": forward_backward(lambda: block_causal(causal_layout)),
-        "causal_sdpa": forward_backward(lambda: sdpa(None)),
+    attends: dict[str, Callable[[], Tensor]] = {
+        "fast": lambda: block_causal(layout),
+        "masked_sdpa": lambda: sdpa(mask),
+        "causal_same_documents": lambda: block_causal(causal_layout),
+        "causal_sdpa": lambda: sdpa(None),
     }
+    return {name: forward_backward(attends[name]) for name in names}
 
 
-def _take_turns(
-    contestants: dict[str, Callable[[], object]], settings: AttentionBenchmark, device: torch.device
-) -> dict[str, Timing]:
-    timings = {name: Timing() for name in contestants}
-    for repetition in range(settings.num_warmup + settings.num_repetitions):
-        for name, run in contestants.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            run()
-            _synchronize(device)
-            if repetition >= settings.num_warmup:
-                timings[name].milliseconds.append((time.perf_counter() - start) * 1e3)
-    return timings
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _table(settings: AttentionBenchmark, report: dict[str, object], timings: dict[str, Timing]) -> str:
-    lines = [
-        f"attention forward + backward: {settings.batch_size} x {settings.seq_len} tokens, "
-        f"{report['num_documents']} documents, {settings.num_heads}/{settings.num_kv_heads} heads of "
-        f"{settings.head_dim}, m = {settings.block_size}, {settings.dtype}, {report['device_name']}, "
-        f"{report['num_threads']} threads, load {report['load_average_before']:.2f}",
-        f"{'':24}{'median ms':>10}{'min':>10}{'max':>10}{'time / fast':>13}",
-    ]
-    for name, timing in timings.items():
-        found = timing.summary(timings["fast"])
-        lines.append(
-            f"{name:24}{found['median_ms']:10.2f}{found['min_ms']:10.2f}{found['max_ms']:10.2f}"
-            f"{found['ratio_to_fast']:13.2f}"
-        )
-    return "\n".join(lines)
+def _additive_mask(layout: BlockCausalLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mask in the dtype of the scores: a boolean one would be converted anew at every call."""
+    hidden = ~block_causal_mask(layout, device)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
-from megatron_bitlm.benchmarks.attention import AttentionBenchmark, bench_attention
+from megatron_bitlm.benchmarks.attention import AttentionBenchmark, bench_attention, build_call
+from megatron_bitlm.benchmarks.memory import peak_memory
+from megatron_bitlm.cli import main
 from megatron_bitlm.errors import BitLMError
 
-SMALL = {"seq_len": 64, "head_dim": 8, "num_heads": 4, "num_kv_heads": 2, "num_repetitions": 3}
+SMALL = {"seq_len": 64, "head_dim": 8, "num_heads": 4, "num_kv_heads": 2, "num_repetitions": 3, "device": "cpu"}
 
 
 @pytest.mark.parametrize("mean_document_tokens", [0, 12])
@@ -15,25 +18,38 @@ def test_report(tmp_path, capsys, mean_document_tokens):
     settings = AttentionBenchmark(**SMALL, batch_size=2, mean_document_tokens=mean_document_tokens)
     report = bench_attention(settings, tmp_path / "attention.json")
     assert json.loads((tmp_path / "attention.json").read_text()) == report
-    timings = report["timings"]
-    assert list(timings) == ["fast", "masked_sdpa", "causal_same_documents", "causal_sdpa"]
-    assert timings["fast"]["ratio_to_fast"] == 1
-    assert all(len(t["milliseconds"]) == 3 and t["min_ms"] <= t["median_ms"] <= t["max_ms"] for t in timings.values())
-    assert (report["num_documents"] == 2) == (mean_document_tokens == 0)
+    variants = report["variants"]
+    assert list(variants) == ["fast", "masked_sdpa", "causal_same_documents", "causal_sdpa"]
+    assert report["baseline"] == "fast" and variants["fast"]["time_ratio"]["median"] == 1
+    assert all(len(found["turns"]) == 3 for found in variants.values())
+    assert (report["facts"]["num_documents"] == 2) == (mean_document_tokens == 0)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in timings)
+    assert all(name in printed for name in variants)
 
 
-def test_bad_settings_are_refused(tmp_path):
-    taken = tmp_path / "taken.json"
-    taken.write_text("{}")
-    with pytest.raises(BitLMError, match="taken.json exists"):
-        bench_attention(AttentionBenchmark(**SMALL), taken)
+def test_masked_attention_needs_the_memory_of_its_mask():
+    sizes = {**SMALL, "seq_len": 4096, "num_heads": 1, "num_kv_heads": 1}
+    settings = AttentionBenchmark(**sizes)
+    fast, masked = (peak_memory(build_call, settings, name, torch.device("cpu")) for name in ("fast", "masked_sdpa"))
+    assert masked > fast + 4096 * 4096 * 4
+
+
+def test_command(tmp_path, capsys):
+    output = tmp_path / "new" / "figures.json"
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert main(["bench", "attention", *flags, "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["settings"]["seq_len"] == 64
+    assert main(["bench", "attention", *flags, "--output", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_bad_settings_are_refused():
     for change, message in [
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"block_size": 5}, "whole number of blocks of 5"),
         ({"mean_document_tokens": 3}, "shorter than a block"),
         ({"num_repetitions": 0}, "num_repetitions"),
+        ({"num_warmup": -1}, "num_warmup"),
         ({"num_kv_heads": 3}, "4 heads cannot share 3"),
     ]:
         with pytest.raises(BitLMError, match=message):

@@ -1,0 +1,63 @@
+"""`bitlm bench WHAT`: each benchmark with its own options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from megatron_bitlm.benchmarks.report import default_output
+from megatron_bitlm.errors import BitLMError
+
+# name: (module, class of its settings, function of settings and output file, description)
+_BENCHMARKS = {
+    "attention": (
+        "attention",
+        "AttentionBenchmark",
+        "bench_attention",
+        "block-causal attention against masked and plain causal SDPA, forward and backward",
+    ),
+}
+
+
+def run_bench(arguments: list[str]) -> None:
+    """Runs the benchmark that `arguments` name, and writes its figures to a new file.
+
+    Raises:
+        BitLMError: An unknown benchmark, settings that do not fit, or an output file that exists.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _overview().parse_args(arguments or ["--help"])
+    name, *rest = arguments
+    if name not in _BENCHMARKS:
+        raise BitLMError(f"there is no benchmark {name!r}; choose one of {', '.join(_BENCHMARKS)}")
+    module_name, settings_name, function_name, description = _BENCHMARKS[name]
+    module = import_module(f"megatron_bitlm.benchmarks.{module_name}")
+    parser = ArgumentParser(
+        prog=f"bitlm bench {name}",
+        description=f"Times {description}. Variants take turns in one process.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", help="JSON file for the figures, never overwritten (default: a new one)")
+    settings_class = getattr(module, settings_name)
+    parser.add_class_arguments(settings_class, None)
+    values = vars(parser.parse_args(rest))
+    output = Path(values.pop("output") or default_output(name))
+    run: Callable = getattr(module, function_name)
+    run(settings_class(**values), output)
+
+
+def _overview() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:12} {entry[-1]}" for name, entry in _BENCHMARKS.items())
+    return argparse.ArgumentParser(
+        prog="bitlm bench",
+        usage="bitlm bench WHAT [options]",
+        description="Compares variants that take turns in one process; prints medians, quartiles and ratios, and "
+        "writes JSON.",
+        epilog=f"benchmarks:\n{listing}\n\n`bitlm bench WHAT --help` lists its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
