@@ -38,3 +38,14 @@ class BlockCounter:
         valid = ~is_bos.all(-1)
         num_tokens = (~is_bos & ~is_eos).sum(-1) + is_eos.any(-1)
         return BlockCounts(valid, num_tokens * valid)
+
+
+def counted_tokens(ids: Tensor, bos_id: int, eos_id: int) -> Tensor:
+    """The tokens that `BlockCounter` counts, one by one: ids [B, N, M] -> bool [B, N, M].
+
+    Text, and the first EOS of a block; neither BOS nor the EOS fill behind that first one. The sum over a block is its
+    `num_tokens`.
+    """
+    is_eos = ids == eos_id
+    first_eos = is_eos & (is_eos.cumsum(-1) == 1)
+    return ((ids != bos_id) & ~is_eos) | first_eos

@@ -120,11 +120,13 @@ class BinaryCode:
         return _bits_to_int(padded.unflatten(-1, (num_bytes, 8))).to(torch.uint8)
 
     @overload
-    def unpack(self, packed: Tensor, num_tokens: int) -> Tensor: ...
+    def unpack(self, packed: Tensor, num_tokens: int, *, check: bool = ...) -> Tensor: ...
     @overload
-    def unpack(self, packed: np.ndarray, num_tokens: int) -> np.ndarray: ...
-    def unpack(self, packed: Tensor | np.ndarray, num_tokens: int) -> Tensor | np.ndarray:
+    def unpack(self, packed: np.ndarray, num_tokens: int, *, check: bool = ...) -> np.ndarray: ...
+    def unpack(self, packed: Tensor | np.ndarray, num_tokens: int, *, check: bool = True) -> Tensor | np.ndarray:
         """Inverse of ``pack``: uint8 [..., ceil(n*K/8)] -> int64 ids [..., n] with n = ``num_tokens``.
+
+        Without ``check`` patterns are taken as they are (no device-to-host wait); of data known to be this code's.
 
         Raises:
             ValueError: wrong dtype or number of bytes, or a pattern that belongs to no id (foreign data).
@@ -135,10 +137,12 @@ class BinaryCode:
             bits = bits.reshape(*packed.shape[:-1], num_tokens, self.num_bits)
             weights = 1 << np.arange(self.num_bits - 1, -1, -1, dtype=np.int64)
             patterns = bits @ weights
-            self._check_range(patterns, "the packed bytes hold pattern")
+            if check:
+                self._check_range(patterns, "the packed bytes hold pattern")
             return patterns if self._inverse_map is None else self._inverse_map[patterns]
         found = _bits_to_int(self._unpacked_bits(packed, num_tokens))
-        self._check_range(found, "the packed bytes hold pattern")
+        if check:
+            self._check_range(found, "the packed bytes hold pattern")
         return found if self.code_map is None else self._maps_on(found.device)[1][found]
 
     @overload

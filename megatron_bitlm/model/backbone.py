@@ -87,6 +87,8 @@ def transformer_config(
         # Kernels of Apex or Transformer Engine.
         bias_activation_fusion=fused,
         gradient_accumulation_fusion=fused,
+        # Of a softmax output; megatron-core's fused kernel gives gradients in bf16 whatever the logits are.
+        cross_entropy_loss_fusion=fused and precision == "bf16",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -227,9 +229,7 @@ class Backbone(MegatronModule):
             self._check_shards(layout)
         hidden = None
         if self.pre_process:
-            hidden = self.input_module(codes_BSK).transpose(0, 1).contiguous()
-            if self.config.sequence_parallel:
-                hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+            hidden = self._lift(codes_BSK)
         rotary = rotary_tables(
             layout.positions,
             self.backbone_config.head_dim,
@@ -245,13 +245,20 @@ class Backbone(MegatronModule):
             layout.kv_cache.advance(layout.positions.shape[1])
         return hidden
 
+    def _lift(self, codes_BSK: Tensor) -> Tensor:
+        """First hidden states [S, B, D]; with sequence parallelism this rank's share of them."""
+        hidden = self.input_module(codes_BSK).transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        return hidden
+
     def own_layout(self, layout: SequenceLayout) -> SequenceLayout:
         """The part of a micro-batch's layout that this context-parallel rank holds."""
         group = self.pg_collection.cp
         return layout.for_context_rank(group.rank(), group.size())
 
     def _check_shards(self, layout: SequenceLayout) -> None:
-        """The head scores whole blocks, so every rank's shard of the sequence must be whole blocks."""
+        """The head scores whole blocks (a softmax tokens), so every rank's shard must be whole ones."""
         size, length = self.config.tensor_model_parallel_size, layout.positions.shape[1]
         block_size = layout.attention.block_size if layout.attention is not None else length
         if length % (size * block_size):

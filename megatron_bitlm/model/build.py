@@ -1,9 +1,10 @@
-"""From settings to model chunks: the one place where a BitLM is put together."""
+"""From settings to model chunks: the one place where a model is put together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
@@ -13,11 +14,13 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.attention import choose_backend, flash_obstacle
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import HeadConfig, check_head_config
-from megatron_bitlm.model.backbone import block_spec, transformer_config
+from megatron_bitlm.model.backbone import Backbone, block_spec, transformer_config
 from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.initialization import initialize_parameters
 from megatron_bitlm.model.inputs import CodeEmbedding, CodeMLP
+from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.model.presets import BackboneConfig, backbone_preset
+from megatron_bitlm.model.softmax import SoftmaxConfig, SoftmaxLM, causal_layout
 from megatron_bitlm.parallel.state import ParallelState
 
 Precision = Literal["fp32", "bf16"]
@@ -49,13 +52,16 @@ class BackboneOverrides:
 
 @dataclass
 class ModelConfig:
-    """A BitLM.
+    """A BitLM, or the softmax language model on the same backbone.
 
     Attributes:
         preset: Backbone shape: tiny, 0.6B, 1.7B, 4B or 8B.
         backbone: Changes to it.
+        output: `diffusion`, BitLM's head, or `softmax`, the baseline: embedding table, causal attention and a softmax
+            over the vocabulary; it has no use for `head`, `input`, `input_hidden_size` and the section `objective`.
         block_size: m, tokens denoised jointly; the dataset must have been made with the same.
         head: The diffusion head.
+        softmax: The softmax's tables.
         input: `mlp` on codes (BitLM eq. 7) or `embedding`, a table by id (ablation).
         input_hidden_size: Hidden width of the code MLP; null means 4 D.
         attention_backend: `auto`, `dense`, `flash` or `flex`.
@@ -65,8 +71,10 @@ class ModelConfig:
 
     preset: str = "tiny"
     backbone: BackboneOverrides = field(default_factory=BackboneOverrides)
+    output: Literal["diffusion", "softmax"] = "diffusion"
     block_size: int = 4
     head: HeadConfig = field(default_factory=HeadConfig)
+    softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     input: Literal["mlp", "embedding"] = "mlp"
     input_hidden_size: int | None = None
     attention_backend: Literal["auto", "dense", "flash", "flex"] = "auto"
@@ -81,6 +89,9 @@ class ModelConfig:
         """Raise BitLMError naming the setting and its value."""
         backbone = self.resolve_backbone()
         backbone.validate()
+        if self.output not in ("diffusion", "softmax"):
+            raise BitLMError(f"model.output must be diffusion or softmax, got {self.output!r}")
+        self.softmax.validate()
         if self.block_size < 1:
             raise BitLMError(f"model.block_size must be at least 1, got {self.block_size}")
         if self.input_hidden_size is not None and self.input_hidden_size < 1:
@@ -89,6 +100,11 @@ class ModelConfig:
             check_head_config(self.head, self.head.width or backbone.hidden_size)
         except ValueError as error:
             raise BitLMError(f"model.head: {error}") from error
+
+    @property
+    def attention_block_size(self) -> int:
+        """Tokens that see each other: m, or 1 in the causal baseline."""
+        return 1 if self.output == "softmax" else self.block_size
 
 
 def build_chunks(
@@ -100,7 +116,7 @@ def build_chunks(
     eos_id: int,
     precision: Precision,
     seed: int,
-) -> list[BitLM | Float16Module]:
+) -> list[Backbone | Float16Module]:
     """This rank's model chunks on its device, initialised alike in every layout (bf16 ones wrapped for casting).
 
     Raises:
@@ -114,27 +130,29 @@ def build_chunks(
     for index in range(state.num_chunks):
         stage = state.virtual_stage(index)
         first = state.is_first_stage(index)
-        chunk = BitLM(
+        spec = block_spec(
             megatron,
-            block_spec(
-                megatron,
-                block_size=config.block_size,
-                attention_backend=config.attention_backend,
-                implementation=implementation,
-                vp_stage=stage,
-            ),
-            code=code,
-            head=config.head,
-            block_size=config.block_size,
-            bos_id=bos_id,
-            eos_id=eos_id,
-            input_module=build_input(config, code, backbone.hidden_size, megatron.params_dtype) if first else None,
-            backbone=backbone,
-            pre_process=first,
-            post_process=state.is_last_stage(index),
+            block_size=config.attention_block_size,
+            attention_backend=config.attention_backend,
+            implementation=implementation,
             vp_stage=stage,
-            pg_collection=state.process_groups,
         )
+        place: dict[str, Any] = {
+            "code": code,
+            "block_size": config.block_size,
+            "bos_id": bos_id,
+            "eos_id": eos_id,
+            "backbone": backbone,
+            "pre_process": first,
+            "post_process": state.is_last_stage(index),
+            "vp_stage": stage,
+            "pg_collection": state.process_groups,
+        }
+        if config.output == "softmax":
+            chunk = SoftmaxLM(megatron, spec, tables=config.softmax, **place)
+        else:
+            lift = build_input(config, code, backbone.hidden_size, megatron.params_dtype) if first else None
+            chunk = BitLM(megatron, spec, head=config.head, input_module=lift, **place)
         initialize_parameters(chunk, seed)
         chunk = chunk.to(state.device)
         chunks.append(Float16Module(megatron, chunk) if precision == "bf16" else chunk)
@@ -148,9 +166,36 @@ def build_input(config: ModelConfig, code: BinaryCode, hidden_size: int, dtype: 
     return CodeMLP(code.num_bits, config.input_hidden_size or 4 * hidden_size, hidden_size, dtype=dtype)
 
 
-def unwrap(chunk: torch.nn.Module) -> BitLM:
-    """The BitLM inside DDP and precision wrappers."""
-    while not isinstance(chunk, BitLM):
+def batch_layout(
+    config: ModelConfig,
+    cu_seqlens: torch.Tensor | Sequence[int] | None,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    device: torch.device | str,
+) -> SequenceLayout:
+    """How the model of `config` reads packed samples: by blocks, or as the baseline token by token.
+
+    Args:
+        config: Of the model.
+        cu_seqlens: Offsets of the documents in the flattened rows, multiples of m, as `SequenceLayout.from_batch`.
+        batch_size, sequence_length: B and S of the micro-batch.
+        device: Of the model.
+    """
+    if config.output == "softmax":
+        return causal_layout(
+            cu_seqlens,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            block_size=config.block_size,
+            device=device,
+        )
+    return SequenceLayout.from_batch(cu_seqlens, batch_size, sequence_length, config.block_size, device=device)
+
+
+def unwrap(chunk: torch.nn.Module) -> Any:
+    """The `BitLM` or `SoftmaxLM` inside DDP and precision wrappers."""
+    while not isinstance(chunk, Backbone):
         chunk = chunk.module
     return chunk
 

@@ -14,6 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+_EMBEDDING, _OUTPUT_LAYER = "input_module.word_embeddings.weight", "output_layer.weight"
+_VOCABULARY_TABLES = (_EMBEDDING, _OUTPUT_LAYER)
+
 
 def _key(seed: int, name: str) -> int:
     """A 63-bit generator seed."""
@@ -78,7 +81,7 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
 
     Modules with `keyed_init = True` are drawn by their own `reset_parameters()`. In the transformer, norms
     are 1, matrices N(0, init_std^2), and those that write to the residual stream (attention output, second
-    SwiGLU matrix) get init_std / sqrt(2 L), megatron-core's default.
+    SwiGLU matrix) get init_std / sqrt(2 L), megatron-core's default. The softmax's tables are N(0, init_std^2).
 
     Args:
         model: unwrapped; with `config`, and process groups in `pg_collection`.
@@ -94,7 +97,17 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
         done |= {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
     for name, parameter in model.named_parameters():
         if name not in done:
-            _draw(parameter, _globalize(name, layer_names), model, seed)
+            # The last stage's copy of a tied table starts as the first stage's does.
+            tied = name == _OUTPUT_LAYER and model.share_embeddings_and_output_weights
+            _draw(parameter, _EMBEDDING if tied else _globalize(name, layer_names), model, seed)
+
+
+def _draw_table(parameter: Tensor, model: nn.Module, std: float, key: int) -> None:
+    """A table with a row for each id, sharded by rows; the rows that pad the vocabulary are zero."""
+    group = model.pg_collection.tp
+    full = torch.zeros(parameter.shape[0] * group.size(), parameter.shape[1])
+    full[: model.code.vocab_size].normal_(std=std, generator=torch.Generator().manual_seed(key))
+    parameter.copy_(full.chunk(group.size())[group.rank()])
 
 
 def _draw(parameter: Tensor, name: str, model: nn.Module, seed: int) -> None:
@@ -103,6 +116,9 @@ def _draw(parameter: Tensor, name: str, model: nn.Module, seed: int) -> None:
         return
     config: TransformerConfig = model.config
     std = config.init_method_std
+    if name.endswith(_VOCABULARY_TABLES):
+        _draw_table(parameter, model, std, _key(seed, name))
+        return
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= (2 * config.num_layers) ** 0.5
     elif not name.endswith(("linear_qkv.weight", "linear_fc1.weight")):
