@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_bitlm.method.path import lone_bit_logit
 
 LinearFactory = Callable[[int, int], nn.Module]
+ContextFactory = Callable[[], AbstractContextManager[object]]
 TIME_FEATURES = 256
 MAX_PERIOD = 10_000.0
 
@@ -69,7 +71,10 @@ class DiffusionHead(nn.Module):
         num_bits: K, bits per code.
         block_size: M, tokens per block.
         condition_size: D, width of the backbone's states.
-        linear: Builds the inner linears, `linear(in, out)` with a bias; the bit projections stay plain torch.
+        linear: Builds the linears of the layers and their modulations, `linear(in, out)` with a bias; those of the
+            bits, the time and the condition stay plain torch.
+        recompute_context: Makes the context in which checkpointed layers are computed again; it has to be the one that
+            `forward` ran in, since backward runs outside of it.
 
     Raises:
         ValueError: Sizes that do not divide, or an unknown option.
@@ -85,21 +90,22 @@ class DiffusionHead(nn.Module):
         block_size: int,
         condition_size: int,
         linear: LinearFactory = nn.Linear,
+        recompute_context: ContextFactory = nullcontext,
     ) -> None:
         super().__init__()
         width = config.width or condition_size
         check_head_config(config, width)
-        self.config, self.width = config, width
+        self.config, self.width, self.recompute_context = config, width, recompute_context
         self.num_bits, self.block_size, self.condition_size = num_bits, block_size, condition_size
         self.input = nn.Linear(num_bits, width)
         self.slot_embedding = nn.Parameter(torch.empty(block_size, width)) if config.slot_embedding else None
         self.null_condition = nn.Parameter(torch.empty(block_size, condition_size))
-        self.condition = linear(condition_size, width)
+        self.condition = nn.Linear(condition_size, width)
         self.mix = None
         if config.conditioning == "mix":
             self.mix = nn.Linear(block_size * condition_size, block_size * width, bias=False)
-        self.time_in = linear(TIME_FEATURES, width)
-        self.time_out = linear(width, width)
+        self.time_in = nn.Linear(TIME_FEATURES, width)
+        self.time_out = nn.Linear(width, width)
         self.layers = nn.ModuleList(
             HeadLayer(width, attention_head_dim(config, width), linear) for _ in range(config.num_layers)
         )
@@ -166,7 +172,7 @@ class DiffusionHead(nn.Module):
         for index, layer in enumerate(self.layers):
             mod = modulation.groups[index // per_group].reshape(-1, self.block_size, 6 * self.width)
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mod, use_reentrant=False)
+                x = checkpoint(layer, x, mod, use_reentrant=False, context_fn=self._checkpoint_contexts)
             else:
                 x = layer(x, mod)
         scale, shift = modulation.final.reshape(-1, self.block_size, 2 * self.width).chunk(2, dim=-1)
@@ -175,6 +181,9 @@ class DiffusionHead(nn.Module):
         if self.config.parameterization == "matched_filter":
             logits = logits + lone_bit_logit(noisy.float(), time.float())
         return logits
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        return nullcontext(), self.recompute_context()
 
     def _scaled_input(self, noisy: Tensor, time: Tensor) -> Tensor:
         if self.config.parameterization == "x0":

@@ -6,7 +6,7 @@ Shape legend: B batch, S sequence, K bits, D hidden; between modules megatron-co
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.model.fp8 import Fp8Config
 from megatron_bitlm.model.layers import BlockCausalCoreAttention, RMSNorm, rotary_tables
 from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.model.presets import BackboneConfig
@@ -31,6 +32,7 @@ from megatron_bitlm.parallel.state import ParallelConfig
 
 Implementation = Literal["local", "transformer_engine"]
 Precision = Literal["fp32", "bf16", "fp64"]
+_EXTRA_STATE = "_extra_state"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -45,6 +47,7 @@ def transformer_config(
     *,
     precision: Precision = "fp32",
     implementation: Implementation = "local",
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """megatron-core's configuration of a backbone.
 
@@ -53,6 +56,7 @@ def transformer_config(
         parallel: layout of the run.
         precision: of parameters and activations: fp32 or bf16; fp64 for comparisons.
         implementation: `local` is plain torch; `transformer_engine` brings its fused kernels.
+        fp8: matrix products in FP8; None for none.
 
     Raises:
         BitLMError: sizes that do not fit together.
@@ -113,6 +117,7 @@ def transformer_config(
         recompute_method=parallel.recompute_method if full else None,
         recompute_num_layers=parallel.recompute_num_layers if full else None,
         recompute_modules=list(parallel.recompute_modules) if parallel.recompute == "selective" else None,
+        **(fp8.megatron_settings() if fp8 else {}),
     )
 
 
@@ -155,6 +160,12 @@ def block_spec(
     )
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+
+
+def _excuse_extra_state(module: nn.Module, incompatible: Any) -> None:
+    """Lets weights load strictly though Transformer Engine's layers find nothing of their own among them."""
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if not name.endswith(_EXTRA_STATE)]
 
 
 class Backbone(MegatronModule):
@@ -204,6 +215,16 @@ class Backbone(MegatronModule):
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
+        self.register_load_state_dict_post_hook(_excuse_extra_state)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """megatron-core's sharded state of the parameters, without what Transformer Engine adds to it.
+
+        Its layers keep the history of delayed FP8 scaling as a pickle, which no checkpoint of ours may hold. Without it
+        a checkpoint also loads with and without Transformer Engine. Other FP8 recipes have no such state.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Takes the hidden states that the stage before sent; called by the schedules."""

@@ -7,16 +7,17 @@ Shape legend: S sequence, B batch, N blocks, M slots, K bits, D backbone width.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_bitlm.method.blocks import BlockCounter, BlockCounts
 from megatron_bitlm.method.codes import BinaryCode
-from megatron_bitlm.method.head import DiffusionHead, HeadConfig
+from megatron_bitlm.method.head import ContextFactory, DiffusionHead, HeadConfig, LinearFactory
 from megatron_bitlm.method.objective import flip_bits
 from megatron_bitlm.model.backbone import Backbone
 from megatron_bitlm.model.layout import SequenceLayout
@@ -62,6 +63,8 @@ class BitLM(Backbone):
         head: Head configuration.
         block_size: M.
         bos_id, eos_id: Ids that frame documents.
+        head_linear: Factory of the head's inner linears.
+        head_context: Makes the context the head runs in: megatron-core's FP8 context, or one that does nothing.
         input_module: Maps codes [B, S, K] to [B, S, D]; built on the first stage only.
         kwargs: pre_process, post_process, vp_stage, pg_collection and rotary settings, as `Backbone`.
     """
@@ -76,14 +79,22 @@ class BitLM(Backbone):
         block_size: int,
         bos_id: int,
         eos_id: int,
+        head_linear: LinearFactory = nn.Linear,
+        head_context: ContextFactory = nullcontext,
         **kwargs,
     ) -> None:
         super().__init__(config, spec, **kwargs)
         self.code, self.block_size = code, block_size
         self.counter = BlockCounter(code, bos_id, eos_id)
+        self.head_context = head_context
         if self.post_process:
             self.head = DiffusionHead(
-                head, num_bits=code.num_bits, block_size=block_size, condition_size=config.hidden_size
+                head,
+                num_bits=code.num_bits,
+                block_size=block_size,
+                condition_size=config.hidden_size,
+                linear=head_linear,
+                recompute_context=head_context,
             ).to(config.params_dtype)
             for parameter in self.head.parameters():
                 # Replicated over tensor-parallel ranks that each see a shard of the sequence: gradients are summed.
@@ -138,7 +149,8 @@ class BitLM(Backbone):
         if self.config.sequence_parallel:
             clean, counts, block = self._shard(clean, counts, block)
         condition = hidden.transpose(0, 1).unflatten(1, (-1, self.block_size))
-        scores = objective(self.head, condition, clean, sample_index, block)
+        with self.head_context():
+            scores = objective(self.head, condition, clean, sample_index, block)
         return ScoredBlocks(scores, counts, block, num_valid)
 
     def _shard(self, clean: Tensor, counts: BlockCounts, block: Tensor) -> tuple[Tensor, BlockCounts, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import HeadConfig, check_head_config
 from megatron_bitlm.model.backbone import Backbone, block_spec, transformer_config
 from megatron_bitlm.model.bitlm import BitLM
+from megatron_bitlm.model.fp8 import Fp8Config, head_context, head_linear, require_fp8
 from megatron_bitlm.model.initialization import initialize_parameters
 from megatron_bitlm.model.inputs import CodeEmbedding, CodeMLP
 from megatron_bitlm.model.layout import SequenceLayout
@@ -116,8 +119,11 @@ def build_chunks(
     eos_id: int,
     precision: Precision,
     seed: int,
+    fp8: Fp8Config | None = None,
 ) -> list[Backbone | Float16Module]:
     """This rank's model chunks on its device, initialised alike in every layout (bf16 ones wrapped for casting).
+
+    `fp8` says which matrix products run in FP8; None, as in generation, for none.
 
     Raises:
         BitLMError: A setting that cannot be built.
@@ -125,7 +131,9 @@ def build_chunks(
     config.validate()
     backbone = config.resolve_backbone()
     implementation = resolve_implementation(config, state.device)
-    megatron = transformer_config(backbone, state.config, precision=precision, implementation=implementation)
+    if fp8 is not None:
+        require_fp8(fp8, implementation)
+    megatron = transformer_config(backbone, state.config, precision=precision, implementation=implementation, fp8=fp8)
     chunks = []
     for index in range(state.num_chunks):
         stage = state.virtual_stage(index)
@@ -152,7 +160,15 @@ def build_chunks(
             chunk = SoftmaxLM(megatron, spec, tables=config.softmax, **place)
         else:
             lift = build_input(config, code, backbone.hidden_size, megatron.params_dtype) if first else None
-            chunk = BitLM(megatron, spec, head=config.head, input_module=lift, **place)
+            chunk = BitLM(
+                megatron,
+                spec,
+                head=config.head,
+                head_linear=head_linear(megatron, implementation),
+                head_context=partial(head_context, megatron) if fp8 is not None and fp8.head else nullcontext,
+                input_module=lift,
+                **place,
+            )
         initialize_parameters(chunk, seed)
         chunk = chunk.to(state.device)
         chunks.append(Float16Module(megatron, chunk) if precision == "bf16" else chunk)
@@ -207,7 +223,9 @@ def resolve_implementation(config: ModelConfig, device: torch.device) -> Literal
     return "transformer_engine" if device.type == "cuda" and HAVE_TE else "local"
 
 
-def describe_choices(config: ModelConfig, device: torch.device, precision: Precision) -> str:
+def describe_choices(
+    config: ModelConfig, device: torch.device, precision: Precision, fp8: Fp8Config | None = None
+) -> str:
     """The kernels that the `auto` settings chose, in words."""
     layers = resolve_implementation(config, device)
     reason = ", Transformer Engine is not installed" if device.type == "cuda" and not HAVE_TE else ""
@@ -217,4 +235,6 @@ def describe_choices(config: ModelConfig, device: torch.device, precision: Preci
         attention = choose_backend(device, dtype, head_dim)
     obstacle = flash_obstacle(device, dtype, head_dim) if attention == "dense" else None
     why = f" ({obstacle})" if obstacle and config.attention_backend == "auto" else ""
+    if fp8 is not None and fp8.enabled:
+        precision = f"{precision} with FP8 products ({fp8.recipe}, {fp8.format})"
     return f"on {device}, {precision}: {layers} layers{reason}, {attention} attention{why}"

@@ -5,7 +5,6 @@ size and on the CPU; a tensor-parallel rank keeps its shard of it. So one proces
 the same model.
 """
 
-import copy
 import hashlib
 from collections.abc import Iterator
 
@@ -47,17 +46,21 @@ def _keyed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reset_keyed(module: nn.Module, key: int) -> None:
-    """Runs `module.reset_parameters()` on the CPU from its own key; the process's generator is left alone."""
-    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
-    drawn = module if on_cpu else copy.deepcopy(module).cpu()
+    """Runs `module.reset_parameters()` on the CPU from its own key; the process's generator is left alone.
+
+    The values go to the CPU and back rather than the module: a layer of Transformer Engine cannot be copied there.
+    """
+    devices = [parameter.device for parameter in module.parameters()]
+    for parameter in module.parameters():
+        parameter.data = parameter.data.cpu()
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(key)
     try:
-        drawn.reset_parameters()
+        module.reset_parameters()
     finally:
         torch.set_rng_state(state)
-    if not on_cpu:
-        module.load_state_dict(drawn.state_dict())
+    for parameter, device in zip(module.parameters(), devices, strict=True):
+        parameter.data = parameter.data.to(device)
 
 
 def _is_norm_weight(name: str) -> bool:

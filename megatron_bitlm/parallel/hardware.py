@@ -31,7 +31,15 @@ class Gpu:
     gpus_per_node: int = 8
 
     def peak(self, precision: str) -> float:
-        """FLOP/s at `bf16` or `fp32` (without TF32)."""
+        """FLOP/s at `fp8`, `bf16` or `fp32` (without TF32).
+
+        Raises:
+            BitLMError: FP8 on a GPU that has none.
+        """
+        if precision == "fp8":
+            if self.fp8_flops is None:
+                raise BitLMError(f"training.fp8.recipe asks for FP8, which the {self.name} lacks; set it to none")
+            return self.fp8_flops
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
 

@@ -40,6 +40,12 @@ def plan_parser() -> argparse.ArgumentParser:
         help=f"share of the peak that matrix products reach (default {assumed.compute_efficiency})",
     )
     parser.add_argument(
+        "--fp8_efficiency",
+        type=float,
+        default=assumed.fp8_efficiency,
+        help=f"the same for products in FP8 (default {assumed.fp8_efficiency})",
+    )
+    parser.add_argument(
         "--bandwidth_efficiency",
         type=float,
         default=assumed.bandwidth_efficiency,
@@ -73,6 +79,7 @@ def run_plan(config: RunConfig, options: argparse.Namespace) -> None:
         num_bits=(vocab_size - 1).bit_length(),
         assumptions=Assumptions(
             compute_efficiency=options.compute_efficiency,
+            fp8_efficiency=options.fp8_efficiency,
             bandwidth_efficiency=options.bandwidth_efficiency,
             memory_reserve=options.memory_reserve,
         ),

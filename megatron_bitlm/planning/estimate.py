@@ -32,17 +32,19 @@ class Assumptions:
     Attributes:
         compute_efficiency: Share of the GPU's peak that matrix products reach. With 0.5 an 8B at 4,096 tokens on one
             H100 node comes out at 41% of peak; Megatron-LM publishes 41-48% for softmax models.
+        fp8_efficiency: The same for products in FP8, of the FP8 peak; casts and scales are in it.
         bandwidth_efficiency: Share of the memory's and the links' rates that is reached.
         memory_reserve: Share of the GPU's memory kept free for CUDA, NCCL, libraries and fragmentation.
     """
 
     compute_efficiency: float = 0.5
+    fp8_efficiency: float = 0.4
     bandwidth_efficiency: float = 0.8
     memory_reserve: float = 0.1
 
     def validate(self) -> None:
         """Raise BitLMError naming the option and its value."""
-        for name in ("compute_efficiency", "bandwidth_efficiency"):
+        for name in ("compute_efficiency", "fp8_efficiency", "bandwidth_efficiency"):
             if not 0 < getattr(self, name) <= 1:
                 raise BitLMError(f"--{name} must lie in (0, 1], got {getattr(self, name)}")
         if not 0 <= self.memory_reserve < 1:
@@ -51,13 +53,12 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes one GPU sends in a step, by kind, on the pipeline rank that sends most; and the seconds not hidden."""
+    """Bytes one GPU sends in a step, by kind, on the pipeline rank that sends most."""
 
     tensor: float
     pipeline: float
     data: float
     context: float
-    exposed_seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,6 @@ def estimate_step(
             pipeline=rounds * hop_bytes,
             data=data_bytes,
             context=rounds * max(volume[1] for volume in volumes),
-            exposed_seconds={
-                "tensor": rounds * tensor[slowest],
-                "pipeline": rounds * hop_seconds,
-                "data": data_seconds,
-                "context": rounds * context[slowest],
-            },
         ),
     )
 
@@ -200,7 +195,9 @@ def _compute_seconds(
     matrices = flops.matrices * (1 + share / 3)
     attention = flops.attention * (1 + again_attention / 3)
     count, last = sum(ranks[rank]), rank == len(ranks) - 1
-    spent = (matrices + attention) * count / num_layers / split
+    fp8 = config.training.fp8
+    low = matrices * count / num_layers / split * _fp8_share(config)
+    spent = (matrices + attention) * count / num_layers / split - low
     moved = count * activations.whole_layer * _ACTIVATION_PASSES * (1 + share / 2)
     if rank == 0:
         spent += flops.input  # every tensor-parallel rank lifts the codes itself
@@ -209,13 +206,23 @@ def _compute_seconds(
         again = config.model.head.activation_checkpointing
         head = flops.head * (1 + again / 3)
         # Without sequence parallelism every tensor-parallel rank runs the whole head.
-        spent += head / (split if parallel.sequence_parallel else 1)
+        head /= split if parallel.sequence_parallel else 1
+        low, spent = (low + head, spent) if fp8.enabled and fp8.head else (low, spent + head)
         layers = config.model.head.num_layers * activations.head_layer if again else 0.0
         moved += (activations.head + layers * 1.5) * _ACTIVATION_PASSES
     parameters = memory[rank].weights / place.element
     moved += parameters * (_WEIGHT_READS * place.element + _GRADIENT_BYTES)
-    peak = place.gpu.peak(config.training.precision) * place.assumptions.compute_efficiency
-    return place.tokens * spent / peak + moved / _memory_rate(place)
+    seconds = spent / (place.gpu.peak(config.training.precision) * place.assumptions.compute_efficiency)
+    if low:
+        seconds += low / (place.gpu.peak("fp8") * place.assumptions.fp8_efficiency)
+    return place.tokens * seconds + moved / _memory_rate(place)
+
+
+def _fp8_share(config: RunConfig) -> float:
+    """Share of the backbone's layers whose products run in FP8."""
+    fp8, num_layers = config.training.fp8, config.model.resolve_backbone().num_layers
+    kept = fp8.num_bf16_layers_at_start + fp8.num_bf16_layers_at_end
+    return max(0, num_layers - kept) / num_layers if fp8.enabled else 0.0
 
 
 def _layer_volumes(place: _Place, num_layers: int) -> tuple[float, float]:

@@ -131,11 +131,13 @@ def _assumptions(planner: Planner, assumed: Assumptions) -> list[str]:
     config, gpu = planner.config, planner.gpu
     precision = config.training.precision
     layers = "Transformer Engine's" if planner.fused else "plain torch"
+    fp8 = config.training.fp8
+    low = f" ({assumed.fp8_efficiency * _PERCENT:.0f}% of {gpu.peak('fp8') / 1e12:.0f} in FP8)" if fp8.enabled else ""
     return [
         f"{gpu.name}: {gpu.peak(precision) / 1e12:.0f} TFLOP/s in {precision}, {gpu.memory_bytes / _GB:.0f} GB at "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s, NVLink {gpu.nvlink_bandwidth / _GB:.0f} and network "
         f"{gpu.network_bandwidth / _GB:.0f} GB/s each way, {gpu.gpus_per_node} GPUs a node",
-        f"matrix products reach {assumed.compute_efficiency * _PERCENT:.0f}% of the peak, memory and links "
+        f"matrix products reach {assumed.compute_efficiency * _PERCENT:.0f}% of the peak{low}, memory and links "
         f"{assumed.bandwidth_efficiency * _PERCENT:.0f}% of their rates; {assumed.memory_reserve * _PERCENT:.0f}% of "
         "the memory stays free for CUDA, NCCL and fragmentation",
         f"samples of {config.data.sequence_length} tokens, each one document; {config.training.global_batch_size} "

@@ -9,6 +9,7 @@ from megatron_bitlm.data.packing import DataConfig
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.objective import ObjectiveConfig
 from megatron_bitlm.model.build import ModelConfig, Precision
+from megatron_bitlm.model.fp8 import Fp8Config, check_fp8_shapes
 from megatron_bitlm.parallel.state import ParallelConfig
 from megatron_bitlm.training.checkpoint import CheckpointConfig
 from megatron_bitlm.training.likelihood import ValidationConfig
@@ -42,6 +43,7 @@ class TrainingConfig:
         global_batch_size: Samples per step over all ranks.
         micro_batch_size: Samples per forward pass and rank; the rest of the batch is accumulated.
         precision: `fp32`, or `bf16` with fp32 master weights.
+        fp8: Matrix products in FP8 beside bf16.
         log_interval_steps: Steps between printed lines (every step goes to metrics.jsonl).
         stop_after_steps: End this session (with a checkpoint) after that many steps of the run; null means num_steps.
         peak_flops_per_device: For MFU; null takes it from the device's name where known.
@@ -52,6 +54,7 @@ class TrainingConfig:
     global_batch_size: int = 16
     micro_batch_size: int = 16
     precision: Precision = "fp32"
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     log_interval_steps: int = 10
     stop_after_steps: int | None = None
     peak_flops_per_device: float | None = None
@@ -108,8 +111,36 @@ class RunConfig:
                 "model.attention_backend is flex, which cannot attend from one rank's share of a sequence "
                 f"(parallel.context_parallel_size {self.parallel.context_parallel_size}); use auto, flash or dense"
             )
+        self._validate_fp8()
         if self.data.split_fractions()[1] == 0:
             raise BitLMError(f"data.split {self.data.split!r} leaves no documents for validation")
+
+    def _validate_fp8(self) -> None:
+        fp8, parallel, head = self.training.fp8, self.parallel, self.model.head
+        backbone = self.model.resolve_backbone()
+        fp8.validate(self.training.precision, backbone.num_layers, parallel.pipeline_model_parallel_size)
+        if not fp8.enabled:
+            return
+        if fp8.recipe == "delayed" and fp8.head and head.activation_checkpointing:
+            raise BitLMError(
+                "model.head.activation_checkpointing would note the head's values twice in the history of "
+                "training.fp8.recipe delayed; set training.fp8.head to false, or take recipe tensorwise or blockwise"
+            )
+        split = parallel.tensor_model_parallel_size
+        tokens = self.training.micro_batch_size * self.data.sequence_length // parallel.context_parallel_size
+        queries = backbone.num_attention_heads + 2 * backbone.num_query_groups
+        sizes = {
+            "training.micro_batch_size x data.sequence_length of a rank": (
+                tokens // split if parallel.sequence_parallel else tokens
+            ),
+            "the backbone's hidden_size": backbone.hidden_size,
+            "a rank's part of ffn_hidden_size": backbone.ffn_hidden_size // split,
+            "a rank's part of queries, keys and values": queries * backbone.head_dim // split,
+        }
+        if fp8.head:
+            width = head.width or backbone.hidden_size
+            sizes |= {"model.head.width": width, "1.5 x model.head.width": 3 * width // 2}
+        check_fp8_shapes(sizes)
 
     def num_micro_batches(self, data_parallel_size: int) -> int:
         """Micro-batches a rank accumulates in one step.

@@ -106,6 +106,7 @@ class Session:
             eos_id=facts.card.eos_id,
             precision=training.precision,
             seed=config.run.seed,
+            fp8=training.fp8,
         )
         self.chunks = [unwrap(chunk) for chunk in precise]
         self.wrapped = wrapped = self._wrap(precise)

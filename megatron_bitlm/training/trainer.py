@@ -196,7 +196,8 @@ class Loop:
 
     def _announce(self, start: int) -> None:
         config = self.session.config
-        lines = [describe_choices(config.model, self.session.state.device, config.training.precision)]
+        training, device = config.training, self.session.state.device
+        lines = [describe_choices(config.model, device, training.precision, training.fp8)]
         if start:
             lines.append(f"resumed {self.folder.path} at step {start}")
         for callback in self.callbacks:

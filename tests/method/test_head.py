@@ -308,7 +308,7 @@ def test_inner_linears_come_from_the_factory():
     DiffusionHead(HeadConfig(**SMALL), num_bits=BITS, block_size=SLOTS, condition_size=CONDITION, linear=factory)
     w = SMALL["width"]
     layer = [(w, 3 * w), (w, w), (w, 3 * w), (3 * w // 2, w)]
-    expected = [(CONDITION, w), (256, w), (w, w), *layer * 4, (w, 6 * w), (w, 6 * w), (w, 2 * w)]
+    expected = [*layer * 4, (w, 6 * w), (w, 6 * w), (w, 2 * w)]
     assert sorted(built) == sorted(expected)
 
 

@@ -76,3 +76,19 @@ def test_bad_input_is_one_sentence_and_status_2(run_file, capsys, arguments, mes
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
     assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_fp8_products_make_a_step_shorter_and_are_named(run_file, capsys):
+    def plan(*flags: str) -> dict:
+        assert main(["plan", run_file, "--gpus", "8", "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)["layouts"][0]["estimate"]
+
+    seconds = [plan("--training.fp8.recipe", recipe)["seconds"] for recipe in ("none", "tensorwise")]
+    assert seconds[1] < seconds[0]
+    kept = ("--training.fp8.num_bf16_layers_at_start", "14", "--training.fp8.num_bf16_layers_at_end", "14")
+    only_head = plan("--training.fp8.recipe", "tensorwise", *kept)["seconds"]
+    assert seconds[1] < only_head < seconds[0]
+    assert main(["plan", run_file, "--gpus", "8", "--training.fp8.recipe", "tensorwise"]) == 0
+    assert "40% of 1979 in FP8" in capsys.readouterr().out
+    assert main(["plan", run_file, "--gpus", "8", "--gpu", "a100", "--training.fp8.recipe", "tensorwise"]) == 2
+    assert "FP8, which the A100 lacks" in capsys.readouterr().err
