@@ -17,7 +17,8 @@ from megatron_bitlm.data.packing import DataConfig, build_datasets
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.evaluation.baselines import BaselineResult, measure_baselines
 from megatron_bitlm.inference.load import LoadedModel, loaded_model
-from megatron_bitlm.training.likelihood import LikelihoodReport, LikelihoodScorer
+from megatron_bitlm.training.likelihood import LikelihoodReport
+from megatron_bitlm.training.scoring import build_scorer
 from megatron_bitlm.training.step import PipelineRunner, to_device
 
 _BOUND_SEED = 0x5EED
@@ -60,19 +61,19 @@ def checkpoint_likelihood(
         raise BitLMError(f"data.split {data.split!r} leaves no validation samples")
     micro_batch_size = min(micro_batch_size, len(valid))
     count = min(num_samples or len(valid), len(valid)) // micro_batch_size * micro_batch_size
-    device, block_size = loaded.state.device, loaded.config.block_size
+    device = loaded.state.device
     batches = fixed_batches(valid, count, micro_batch_size=micro_batch_size)
-    inputs = [to_device(batch, device, block_size) for batch in batches]
-    scorer = LikelihoodScorer(
+    inputs = [to_device(batch, device, loaded.config) for batch in batches]
+    scorer = build_scorer(
+        loaded.config,
         PipelineRunner([loaded.model], micro_batch_size, data.sequence_length),
         code=loaded.code,
         token_num_bytes=loaded.tokenizer.token_num_bytes(),
-        block_size=block_size,
         seed=_BOUND_SEED,
         sequence_parallel=False,
         device=device,
     )
-    return scorer(inputs, count, data.sequence_length // block_size, num_repeats)
+    return scorer(inputs, count, data.sequence_length // loaded.config.block_size, num_repeats)
 
 
 def split_baselines(data: DataConfig, token_num_bytes: np.ndarray) -> dict[str, BaselineResult]:

@@ -119,11 +119,12 @@ class Progress:
             left = elapsed / max(done, 1) * (self.num_steps - step)
             print(f"step {step}/{self.num_steps}  {_describe(record)}  left {left:.0f} s", flush=True)
         if "validation/nats_per_token" in record:
+            relation = "=" if record.get("validation/is_exact") else "<="
             error = record.get("validation/standard_error")
             spread = f" (+- {error:.4f})" if error is not None else ""
             self.on_message(
-                f"step {step}: validation <= {record['validation/nats_per_token']:.4f} nats/token{spread}, "
-                f"<= {record['validation/bits_per_byte']:.4f} bits/byte"
+                f"step {step}: validation {relation} {record['validation/nats_per_token']:.4f} nats/token{spread}, "
+                f"{relation} {record['validation/bits_per_byte']:.4f} bits/byte"
             )
 
     def on_message(self, text: str) -> None:

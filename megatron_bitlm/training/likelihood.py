@@ -1,9 +1,15 @@
-"""The likelihood bound over a set of samples, computed by the pipeline and identical in every layout."""
+"""The likelihood of a set of samples, computed by the pipeline and identical in every layout.
+
+BitLM's is an upper bound on the negative log-likelihood, the softmax baseline's is exact; both are of the same tokens.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,12 +40,12 @@ _NUM_FIELDS = 5  # lambda, squared error, reconstruction, counted tokens, valid
 
 @dataclass
 class ValidationConfig:
-    """Held-out likelihood bound during training.
+    """Held-out likelihood during training: BitLM's bound, or the softmax's exact cross-entropy.
 
     Attributes:
         interval_steps: Steps between validations; 0 validates only at the end.
         num_samples: Samples of the validation split that are scored.
-        num_repeats: Independent noise draws a block; more shrink the standard error by its Monte Carlo part.
+        num_repeats: Independent noise draws a block of the bound; more shrink the Monte Carlo part of its error.
     """
 
     interval_steps: int = 1000
@@ -57,17 +63,18 @@ class ValidationConfig:
 
 @dataclass
 class LikelihoodReport:
-    """The bound with what it was measured on; `edges` and `mse` are the error profile over log-SNR."""
+    """Negative log-likelihood with what it was measured on.
+
+    is_exact: it is the negative log-likelihood itself, not an upper bound.
+    """
 
     estimate: LikelihoodEstimate
     num_bytes: int
-    edges: np.ndarray
-    mse: np.ndarray
-    num_blocks: int
+    is_exact: bool
 
     @property
     def bits_per_byte(self) -> float:
-        """Upper bound in bits per UTF-8 byte of the counted text."""
+        """Bits per UTF-8 byte of the counted text."""
         return self.estimate.bits_per_byte(self.num_bytes)
 
     def record(self) -> dict[str, float]:
@@ -79,11 +86,75 @@ class LikelihoodReport:
         }
         if self.estimate.num_samples > 1:  # one sample has no standard error, and JSON no NaN
             record["validation/standard_error"] = self.estimate.standard_error
+        if self.is_exact:
+            record["validation/is_exact"] = True
         return record
 
 
-class LikelihoodScorer:
-    """Scores a fixed set of samples under the model.
+@dataclass
+class BoundReport(LikelihoodReport):
+    """BitLM's; `edges` and `mse` are the error profile over log-SNR."""
+
+    edges: np.ndarray
+    mse: np.ndarray
+    num_blocks: int
+
+
+class Scorer(Protocol):
+    """Measures the likelihood of samples under a model."""
+
+    def __call__(
+        self, inputs: list[Inputs], num_samples: int, num_blocks: int, num_repeats: int = 1
+    ) -> LikelihoodReport:
+        """Over samples 0 .. num_samples - 1, each of `num_blocks` target blocks. Collective.
+
+        `inputs` are this data-parallel rank's micro-batches; together the ranks hold every sample once. `num_repeats`
+        are independent noise draws a block, where there is noise.
+        """
+
+
+@contextmanager
+def evaluating(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """The model chunks in eval mode and without gradients."""
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        yield
+    for chunk, mode in zip(chunks, training, strict=True):
+        chunk.train(mode)
+
+
+def target_num_bytes(
+    inputs: list[Inputs], code: BinaryCode, token_num_bytes: Tensor, block_size: int, device: torch.device
+) -> int:
+    """UTF-8 bytes of the target blocks of every sample, over all data-parallel ranks. Collective."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    table = token_num_bytes.to(device)
+    for item in inputs:
+        total += table[code.unpack(item.packed[:, 1:], block_size)].sum()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return int(total)
+
+
+def finite_estimate(accumulator: LikelihoodAccumulator) -> LikelihoodEstimate:
+    """The estimate of a filled accumulator.
+
+    Raises:
+        BitLMError: Nothing was counted, or the model's outputs are not finite.
+    """
+    if not accumulator.tokens:
+        raise BitLMError("the validation samples hold no text tokens; check data.split and data.paths")
+    estimate = accumulator.estimate()
+    if not math.isfinite(estimate.nats_per_token):
+        raise BitLMError(
+            f"the negative log-likelihood is {estimate.nats_per_token}: the model's outputs are not finite"
+        )
+    return estimate
+
+
+class BoundScorer:
+    """Bounds the negative log-likelihood of a fixed set of samples under a BitLM.
 
     Args:
         runner: Pipeline over the model chunks (in forward-only mode).
@@ -110,21 +181,15 @@ class LikelihoodScorer:
         self.token_num_bytes = torch.from_numpy(np.asarray(token_num_bytes, dtype=np.int64))
         self.sequence_parallel, self.device = sequence_parallel, device
 
-    def __call__(
-        self, inputs: list[Inputs], num_samples: int, num_blocks: int, num_repeats: int = 1
-    ) -> LikelihoodReport:
-        """Bound over samples 0 .. num_samples - 1, each of `num_blocks` target blocks. Collective.
-
-        `inputs` are this data-parallel rank's micro-batches; together the ranks hold every sample once.
-        """
-        training = [chunk.training for chunk in self.runner.chunks]
-        for chunk in self.runner.chunks:
-            chunk.eval()
-        proposal = self._adapted(inputs, num_samples, num_blocks)
-        fields = [self._fields(inputs, num_samples, num_blocks, proposal, 1 + repeat) for repeat in range(num_repeats)]
-        for chunk, mode in zip(self.runner.chunks, training, strict=True):
-            chunk.train(mode)
-        return self._report(torch.stack(fields), proposal, self._num_bytes(inputs))
+    def __call__(self, inputs: list[Inputs], num_samples: int, num_blocks: int, num_repeats: int = 1) -> BoundReport:
+        """See `Scorer`."""
+        with evaluating(self.runner.chunks):
+            proposal = self._adapted(inputs, num_samples, num_blocks)
+            fields = [
+                self._fields(inputs, num_samples, num_blocks, proposal, 1 + repeat) for repeat in range(num_repeats)
+            ]
+        num_bytes = target_num_bytes(inputs, self.code, self.token_num_bytes, self.block_size, self.device)
+        return self._report(torch.stack(fields), proposal, num_bytes)
 
     def _adapted(self, inputs: list[Inputs], num_samples: int, num_blocks: int) -> TabulatedTime:
         """The proposal, from the first samples by number: the same ones however they are spread over ranks."""
@@ -163,21 +228,10 @@ class LikelihoodScorer:
             table[item.sample_index[:, None], scored.block[None, :]] = values.double()
 
         if inputs:  # a rank may hold none of the pilot's samples
-            with torch.no_grad():
-                self.runner.run(inputs, objective, collect, forward_only=True)
-        return add_over_ranks(table, sequence_parallel=self.sequence_parallel).cpu()
+            self.runner.run(inputs, {"objective": objective}, collect, forward_only=True)
+        return add_over_ranks(table, is_sharded=self.sequence_parallel).cpu()
 
-    def _num_bytes(self, inputs: list[Inputs]) -> int:
-        """UTF-8 bytes of the target blocks of every sample."""
-        total = torch.zeros((), dtype=torch.int64, device=self.device)
-        table = self.token_num_bytes.to(self.device)
-        for item in inputs:
-            ids = self.code.decode(self.code.unpack_codes(item.packed[:, 1:], self.block_size))
-            total += table[ids].sum()
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        return int(total)
-
-    def _report(self, fields: Tensor, proposal: TabulatedTime, num_bytes: int) -> LikelihoodReport:
+    def _report(self, fields: Tensor, proposal: TabulatedTime, num_bytes: int) -> BoundReport:
         bits = self.block_size * self.code.num_bits
         accumulator = LikelihoodAccumulator()
         valid = fields[0, ..., 4] > 0
@@ -187,11 +241,7 @@ class LikelihoodScorer:
         for sample in range(fields.shape[1]):
             if tokens[sample] > 0:
                 accumulator.add(sample, float(nats[sample]), int(tokens[sample]))
-        if not accumulator.tokens:
-            raise BitLMError("the validation samples hold no text tokens; check data.split and data.paths")
+        estimate = finite_estimate(accumulator)
         chosen = valid.expand(fields.shape[:-1])
         edges, mse = mean_squared_error_profile(fields[..., 0][chosen].numpy(), fields[..., 1][chosen].numpy(), bits)
-        estimate = accumulator.estimate()
-        if not math.isfinite(estimate.nats_per_token):
-            raise BitLMError(f"the likelihood bound is {estimate.nats_per_token}: the model's outputs are not finite")
-        return LikelihoodReport(estimate, num_bytes, edges, mse, int(valid.sum()))
+        return BoundReport(estimate, num_bytes, False, edges, mse, int(valid.sum()))

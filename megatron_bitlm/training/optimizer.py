@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_bitlm.errors import BitLMError
 
@@ -26,7 +27,7 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: Peak learning rate.
-        head_learning_rate_multiplier: Factor on the head's learning rate.
+        head_learning_rate_multiplier: Factor on the head's learning rate (of the softmax baseline: its output layer's).
         min_learning_rate_ratio: Final over peak learning rate.
         schedule: `cosine`, `constant`, `linear` or `wsd` (warm-up, stable, decay).
         warmup_steps: Linear warm-up from 0.
@@ -107,7 +108,9 @@ def build_optimizer(
     )
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():
-            setattr(parameter, HEAD_ATTRIBUTE, ".head." in f".{name}")
+            # A tied output layer is the first stage's embedding, and learns as that does.
+            untied = ".output_layer." in f".{name}" and not getattr(parameter, "shared", False)
+            setattr(parameter, HEAD_ATTRIBUTE, ".head." in f".{name}" or untied)
     head_rate = config.learning_rate * config.head_learning_rate_multiplier
     overrides = {
         **get_standard_config_overrides(megatron),
@@ -145,6 +148,11 @@ def backbone_learning_rate(optimizer: MegatronOptimizer) -> float:
     return next(group["lr"] for group in optimizer.param_groups if not group["is_decoupled_lr"])
 
 
+def param_is_counted(parameter: torch.nn.Parameter) -> bool:
+    """Whether a global norm counts the parameter on this rank: copies of others are counted where those are."""
+    return param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)
+
+
 @torch.no_grad()
 def gradient_norms_by_part(optimizer: MegatronOptimizer, total_norm: float) -> dict[str, float]:
     """Gradient norms of backbone and head before clipping, from the gradients left by the last step.
@@ -156,7 +164,7 @@ def gradient_norms_by_part(optimizer: MegatronOptimizer, total_norm: float) -> d
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and param_is_not_tensor_parallel_duplicate(parameter):
+                if parameter.grad is not None and param_is_counted(parameter):
                     norm = torch.linalg.vector_norm(parameter.grad.float())
                     squares[int(group["is_decoupled_lr"])] += norm.double().square().cpu()
     squares = squares.to(torch.cuda.current_device()) if torch.cuda.is_available() else squares

@@ -16,13 +16,14 @@ from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.objective import DenoisingObjective
-from megatron_bitlm.model.bitlm import BitFlips
 from megatron_bitlm.model.build import build_chunks, unwrap
 from megatron_bitlm.parallel.state import ParallelState
 from megatron_bitlm.training.checkpoint import CheckpointManager
 from megatron_bitlm.training.config import RunConfig
-from megatron_bitlm.training.likelihood import LikelihoodReport, LikelihoodScorer
+from megatron_bitlm.training.criterion import Criterion, CrossEntropyCriterion, DenoisingCriterion
+from megatron_bitlm.training.likelihood import LikelihoodReport
 from megatron_bitlm.training.optimizer import build_optimizer, build_scheduler
+from megatron_bitlm.training.scoring import build_scorer
 from megatron_bitlm.training.step import Inputs, PipelineRunner, TrainingStep, to_device
 
 _NUM_SPOT_CHECKS, _NUM_SPOT_BLOCKS = 16, 64
@@ -134,17 +135,14 @@ class Session:
             runner,
             self.optimizer,
             scheduler,
-            DenoisingObjective(config.objective, facts.code, config.run.seed),
-            self._flips(),
-            block_size=config.model.block_size,
-            sequence_parallel=parallel.sequence_parallel,
+            self._criterion(),
             device=state.device,
         )
-        self.scorer = LikelihoodScorer(
+        self.scorer = build_scorer(
+            config.model,
             runner,
             code=facts.code,
             token_num_bytes=facts.tokenizer.token_num_bytes(),
-            block_size=config.model.block_size,
             seed=(config.run.seed + _VALIDATION_SEED_OFFSET) % 2**32,
             sequence_parallel=parallel.sequence_parallel,
             device=state.device,
@@ -176,7 +174,7 @@ class Session:
                 chunk.start_param_sync(force_sync=True)
 
     def validate(self) -> LikelihoodReport:
-        """The likelihood bound on the validation samples. Collective."""
+        """The likelihood of the validation samples, or its bound. Collective."""
         self.complete_weights()
         num_samples = self.num_validation_samples
         batches = fixed_batches(
@@ -203,11 +201,17 @@ class Session:
         return available // share * share
 
     def _to_device(self, batch: Any) -> Inputs:
-        return to_device(batch, self.state.device, self.config.model.block_size)
+        return to_device(batch, self.state.device, self.config.model)
 
-    def _flips(self) -> BitFlips | None:
-        probability = self.config.objective.bit_flip_probability
-        return BitFlips(probability, self.config.run.seed) if probability > 0 else None
+    def _criterion(self) -> Criterion:
+        config = self.config
+        if config.model.output == "softmax":
+            return CrossEntropyCriterion()
+        return DenoisingCriterion(
+            DenoisingObjective(config.objective, self.facts.code, config.run.seed),
+            block_size=config.model.block_size,
+            sequence_parallel=config.parallel.sequence_parallel,
+        )
 
     def _wrap(self, chunks: list) -> list[DistributedDataParallel]:
         parallel = self.config.parallel

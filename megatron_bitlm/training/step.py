@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from megatron_bitlm.data.loading import Batch
 from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.model.bitlm import BitFlips, Objective, ScoredBlocks
+from megatron_bitlm.model.build import ModelConfig, batch_layout
 from megatron_bitlm.model.layout import SequenceLayout
-from megatron_bitlm.training.metrics import NUM_SUMS, StepMetrics, step_sums
+from megatron_bitlm.training.criterion import Criterion, Metrics
 from megatron_bitlm.training.optimizer import backbone_learning_rate
 
 _ADVICE = (
@@ -35,14 +34,14 @@ class Inputs:
     layout: SequenceLayout
 
 
-def to_device(batch: Batch, device: torch.device, block_size: int) -> Inputs:
+def to_device(batch: Batch, device: torch.device, model: ModelConfig) -> Inputs:
     """Move a collated batch; bits stay packed until the model unpacks them."""
     batch_size, num_blocks = batch.packed.shape[0], batch.packed.shape[1] - 1
-    layout = SequenceLayout.from_batch(
+    layout = batch_layout(
+        model,
         batch.cu_seqlens,
         batch_size=batch_size,
-        sequence_length=num_blocks * block_size,
-        block_size=block_size,
+        sequence_length=num_blocks * model.block_size,
         device=device,
     )
     return Inputs(
@@ -73,13 +72,15 @@ class PipelineRunner:
     def run(
         self,
         inputs: list[Inputs],
-        objective: Objective,
+        arguments: Mapping[str, Any],
         loss_function: Callable[..., Any],
         *,
-        flips: BitFlips | None = None,
         forward_only: bool = False,
     ) -> list[Any]:
-        """Schedule all micro-batches; returns what `loss_function` reported for each on the last stage, else []."""
+        """Schedule all micro-batches; returns what `loss_function` reported for each on the last stage, else [].
+
+        `arguments` are keyword arguments of the model's forward pass, besides the micro-batch.
+        """
 
         def forward_step(iterator: Iterator[Inputs], chunk: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
             item = next(iterator)
@@ -87,8 +88,7 @@ class PipelineRunner:
                 packed=item.packed,
                 layout=item.layout,
                 sample_index=item.sample_index,
-                objective=objective,
-                flips=flips,
+                **arguments,
             )
             return output, loss_function
 
@@ -105,20 +105,10 @@ class PipelineRunner:
         )
 
 
-def training_loss(scored: ScoredBlocks, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum over this rank's valid blocks, int32 count of the micro-batch's valid blocks, detached sums).
-
-    megatron-core divides the sum of gradients by the global count, so a step is the same at every accumulation and
-    layout (BitLM eq. 20).
-    """
-    total, sums = step_sums(scored.scores, scored.counts.valid, block_size)
-    return total, scored.num_valid.int(), sums
-
-
-def add_over_ranks(sums: Tensor, *, sequence_parallel: bool) -> Tensor:
+def add_over_ranks(sums: Tensor, *, is_sharded: bool) -> Tensor:
     """Add the last stage's sums over data-parallel ranks (and tensor-parallel shards), then tell every stage."""
     if parallel_state.is_pipeline_last_stage():
-        if sequence_parallel:
+        if is_sharded:
             dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -131,7 +121,7 @@ def add_over_ranks(sums: Tensor, *, sequence_parallel: bool) -> Tensor:
 class StepResult:
     """Figures of one step; `gradient_norm` is global and before clipping."""
 
-    metrics: StepMetrics
+    metrics: Metrics
     gradient_norm: float
     learning_rate: float
 
@@ -142,10 +132,7 @@ class TrainingStep:
     Args:
         runner: The pipeline.
         optimizer, scheduler: megatron-core's.
-        objective: The denoising objective.
-        flips: Input bit flips or None.
-        block_size: M.
-        sequence_parallel: Whether tensor-parallel ranks hold shards of the sequence.
+        criterion: What is minimised and reported.
         device: Where the sums live.
     """
 
@@ -154,17 +141,12 @@ class TrainingStep:
         runner: PipelineRunner,
         optimizer: Any,
         scheduler: Any,
-        objective: Objective,
-        flips: BitFlips | None,
+        criterion: Criterion,
         *,
-        block_size: int,
-        sequence_parallel: bool,
         device: torch.device,
     ) -> None:
-        self.loss_function = partial(training_loss, block_size=block_size)
         self.runner, self.optimizer, self.scheduler = runner, optimizer, scheduler
-        self.objective, self.flips = objective, flips
-        self.sequence_parallel, self.device = sequence_parallel, device
+        self.criterion, self.device = criterion, device
 
     def __call__(self, step: int, inputs: list[Inputs]) -> StepResult:
         """Do optimiser step `step` (from 1) on this rank's micro-batches. Collective.
@@ -175,9 +157,10 @@ class TrainingStep:
         for chunk in self.runner.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reported = self.runner.run(inputs, self.objective, self.loss_function, flips=self.flips)
-        sums = torch.stack(reported).sum(0) if reported else torch.zeros(NUM_SUMS, device=self.device)
-        metrics = StepMetrics.from_sums(add_over_ranks(sums, sequence_parallel=self.sequence_parallel))
+        criterion = self.criterion
+        reported = self.runner.run(inputs, criterion.arguments, criterion.loss)
+        sums = torch.stack(reported).sum(0) if reported else torch.zeros(criterion.num_sums, device=self.device)
+        metrics = criterion.metrics(add_over_ranks(sums, is_sharded=criterion.is_sharded))
         self._check("loss", metrics.loss, step)
         self.scheduler.step(1)
         learning_rate = backbone_learning_rate(self.optimizer)

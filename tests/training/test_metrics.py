@@ -90,14 +90,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(tmp_pa
     directory = tmp_path / "run"
     train(directory, dataset, training__stop_after_steps=4)
     kept = checkpoint_tensors(directory, 4)
-    import megatron_bitlm.training.step as step_module
+    import megatron_bitlm.training.criterion as criterion
 
     def poisoned(scores, valid, block_size):
         total, sums = step_sums(scores, valid, block_size)
         sums[0] = math.nan
         return total * math.nan, sums
 
-    monkeypatch.setattr(step_module, "step_sums", poisoned)
+    monkeypatch.setattr(criterion, "step_sums", poisoned)
     with pytest.raises(BitLMError, match="the loss of step 5 is nan; checkpoints before it are kept"):
         train(directory, dataset)
     monkeypatch.undo()
