@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _COMMANDS[chosen.command][1](chosen.arguments)
     except (BitLMError, argparse.ArgumentError) as error:
         print(f"bitlm {chosen.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_status if isinstance(error, BitLMError) else 2
     except KeyboardInterrupt:
         print(f"bitlm {chosen.command}: interrupted", file=sys.stderr)
         return 130

@@ -32,7 +32,8 @@ def global_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _globalize(name: str, layer_names: dict[str, str]) -> str:
+def globalize(name: str, layer_names: dict[str, str]) -> str:
+    """A parameter's name in the whole model, given `global_names` of this rank's part."""
     for local, whole in layer_names.items():
         if name.startswith(f"{local}."):
             return whole + name.removeprefix(local)
@@ -102,7 +103,7 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
         if name not in done:
             # The last stage's copy of a tied table starts as the first stage's does.
             tied = name == _OUTPUT_LAYER and model.share_embeddings_and_output_weights
-            _draw(parameter, _EMBEDDING if tied else _globalize(name, layer_names), model, seed)
+            _draw(parameter, _EMBEDDING if tied else globalize(name, layer_names), model, seed)
 
 
 def _draw_table(parameter: Tensor, model: nn.Module, std: float, key: int) -> None:

@@ -6,6 +6,7 @@ The loop knows callbacks by the small protocol below, callbacks know records by 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -141,8 +142,9 @@ class Progress:
 
 
 def _describe(record: Record) -> str:
+    loss, norm = (math.nan if record[name] is None else record[name] for name in ("loss", "gradient_norm"))
     text = (
-        f"loss {record['loss']:.4f}  grad {record['gradient_norm']:.3g}  lr {record['learning_rate']:.2e}  "
+        f"loss {loss:.4f}  grad {norm:.3g}  lr {record['learning_rate']:.2e}  "
         f"{record['tokens_per_second']:,.0f} tokens/s"
     )
     return text + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")

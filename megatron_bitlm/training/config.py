@@ -11,6 +11,7 @@ from megatron_bitlm.method.objective import ObjectiveConfig
 from megatron_bitlm.model.build import ModelConfig, Precision
 from megatron_bitlm.model.fp8 import Fp8Config, check_fp8_shapes
 from megatron_bitlm.parallel.state import ParallelConfig
+from megatron_bitlm.training.anomalies import AnomalyConfig
 from megatron_bitlm.training.checkpoint import CheckpointConfig
 from megatron_bitlm.training.likelihood import ValidationConfig
 from megatron_bitlm.training.optimizer import OptimizerConfig
@@ -19,6 +20,7 @@ from megatron_bitlm.training.optimizer import OptimizerConfig
 _FREE = {"checkpoint", "parallel", "training.micro_batch_size", "training.log_interval_steps", "training.progress"}
 _FREE |= {"data.num_workers", "data.cache_dir", "validation.interval_steps", "training.peak_flops_per_device"}
 _FREE |= {"model.attention_backend", "model.implementation", "run.directory", "training.stop_after_steps"}
+_FREE |= {"anomalies"}
 
 
 @dataclass
@@ -86,6 +88,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    anomalies: AnomalyConfig = field(default_factory=AnomalyConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def validate(self) -> None:
@@ -105,6 +108,7 @@ class RunConfig:
         self.optimizer.validate(self.training.num_steps)
         self.checkpoint.validate()
         self.validation.validate()
+        self.anomalies.validate()
         self.parallel.validate_sequence(self.data.sequence_length, self.model.block_size)
         if self.parallel.context_parallel_size > 1 and self.model.attention_backend == "flex":
             raise BitLMError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ class Metrics(Protocol):
         """Flat names for logs."""
 
 
+class Reported(NamedTuple):
+    """What is left of a micro-batch, detached.
+
+    sums: float32 [num_sums]; sample_losses: [B], each sample's part of the loss on this rank.
+    """
+
+    sums: Tensor
+    sample_losses: Tensor
+
+
 class Criterion(Protocol):
     """Scores micro-batches of one kind of model.
 
@@ -37,8 +47,8 @@ class Criterion(Protocol):
     num_sums: int
     is_sharded: bool
 
-    def loss(self, scored: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum over what this rank counts, int32 count of this context-parallel rank, detached sums [num_sums]).
+    def loss(self, scored: Any) -> tuple[Tensor, Tensor, Reported]:
+        """(sum over what this rank counts, int32 count of this context-parallel rank, what a step reports).
 
         megatron-core divides the sum of gradients by the global count, so a step is the same at every accumulation and
         layout (BitLM eq. 20).
@@ -65,10 +75,11 @@ class DenoisingCriterion:
         self.arguments: dict[str, Any] = {"objective": objective, "flips": flips}
         self.block_size, self.is_sharded = block_size, sequence_parallel
 
-    def loss(self, scored: ScoredBlocks) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, scored: ScoredBlocks) -> tuple[Tensor, Tensor, Reported]:
         """Sums over valid blocks; see `Criterion`."""
         total, sums = step_sums(scored.scores, scored.counts.valid, self.block_size)
-        return total, scored.num_valid.int(), sums
+        sample_losses = (scored.scores.objective.detach() * scored.counts.valid).sum(1)
+        return total, scored.num_valid.int(), Reported(sums, sample_losses)
 
     def metrics(self, sums: Tensor) -> StepMetrics:
         """Loss, error by time and the rate of invalid codes."""
@@ -96,11 +107,12 @@ class CrossEntropyCriterion:
     def __init__(self) -> None:
         self.arguments: dict[str, Any] = {}
 
-    def loss(self, scored: ScoredTokens) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, scored: ScoredTokens) -> tuple[Tensor, Tensor, Reported]:
         """Sums over counted tokens; see `Criterion`."""
-        total = (scored.nats * scored.counted).sum()
+        counted = scored.nats * scored.counted
+        total = counted.sum()
         sums = torch.stack([total.detach(), scored.num_counted.float()])
-        return total, scored.num_counted.int(), sums
+        return total, scored.num_counted.int(), Reported(sums, counted.detach().sum(1))
 
     def metrics(self, sums: Tensor) -> CrossEntropyMetrics:
         """Loss in nats per token."""

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import clip_grads, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -151,6 +151,41 @@ def backbone_learning_rate(optimizer: MegatronOptimizer) -> float:
 def param_is_counted(parameter: torch.nn.Parameter) -> bool:
     """Whether a global norm counts the parameter on this rank: copies of others are counted where those are."""
     return param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)
+
+
+def prepared_gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Hand the finished gradients to the optimizer and return their global norm, before clipping. Collective.
+
+    With `update_weights` this is megatron-core's `optimizer.step()` in two, so that a step can be given up between.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def duplicated_gradients_norm(optimizer: MegatronOptimizer) -> float:
+    """Norm of this rank's gradients that the global norm leaves out, as another tensor-parallel rank counts them."""
+    gradients = [
+        parameter.grad
+        for parameter in _parameters(optimizer)
+        if parameter.grad is not None and not param_is_counted(parameter)
+    ]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def update_weights(optimizer: MegatronOptimizer, total_norm: float) -> None:
+    """Clip the gradients, whose global norm is `total_norm`, and update the weights. Collective."""
+    clip = optimizer.config.clip_grad
+    if clip > 0:
+        # By its module: on the CPU the function there is one that takes the CPU's tensors, too.
+        clip_grads.clip_grad_by_total_norm_fp32(_parameters(optimizer), clip, total_norm)
+    if not optimizer.step_with_ready_grads():
+        raise RuntimeError("megatron-core did not update the weights, although all gradients are finite")
+
+
+def _parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [parameter for part in parts for parameter in part.get_parameters()]
 
 
 @torch.no_grad()

@@ -15,7 +15,10 @@ from megatron_bitlm.training.config import RunConfig, flat_settings, is_free
 
 
 class RunFolder:
-    """runs/NAME with config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, from `bitlm slurm`, slurm/."""
+    """runs/NAME with config.yaml, metrics.jsonl, tensorboard/ and checkpoints/.
+
+    Where there is something to put into them also diagnostics/ (steps that were not finite) and slurm/ (job logs).
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -24,6 +27,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.slurm = self.path / "slurm"
+        self.diagnostics = self.path / "diagnostics"
 
     def check(self, config: RunConfig) -> None:
         """Check, without writing, that `claim` can make the folder this run's or that it already is.

@@ -13,15 +13,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bitlm.data.loading import Batch
-from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.model.build import ModelConfig, batch_layout
 from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.training.criterion import Criterion, Metrics
-from megatron_bitlm.training.optimizer import backbone_learning_rate
-
-_ADVICE = (
-    "checkpoints before it are kept; start a run in another run.directory with a lower optimizer.learning_rate or "
-    "optimizer.clip_grad"
+from megatron_bitlm.training.diagnosis import Diagnosis, all_finite, diagnose
+from megatron_bitlm.training.optimizer import (
+    backbone_learning_rate,
+    duplicated_gradients_norm,
+    prepared_gradient_norm,
+    update_weights,
 )
 
 
@@ -119,11 +119,15 @@ def add_over_ranks(sums: Tensor, *, is_sharded: bool) -> Tensor:
 
 @dataclass
 class StepResult:
-    """Figures of one step; `gradient_norm` is global and before clipping."""
+    """Figures of one step; `gradient_norm` is global and before clipping.
+
+    `diagnosis` is there where loss or gradients were not finite: then the step changed nothing but the schedule.
+    """
 
     metrics: Metrics
     gradient_norm: float
     learning_rate: float
+    diagnosis: Diagnosis | None = None
 
 
 class TrainingStep:
@@ -151,26 +155,30 @@ class TrainingStep:
     def __call__(self, step: int, inputs: list[Inputs]) -> StepResult:
         """Do optimiser step `step` (from 1) on this rank's micro-batches. Collective.
 
-        Raises:
-            BitLMError: The loss or the gradient norm is not finite; nothing was saved of this step.
+        Where the loss or a gradient of any rank is not finite, no rank updates anything: weights, moments and Adam's
+        step count stay bit for bit, and only the schedule, a function of the step number, goes on.
         """
         for chunk in self.runner.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         criterion = self.criterion
         reported = self.runner.run(inputs, criterion.arguments, criterion.loss)
-        sums = torch.stack(reported).sum(0) if reported else torch.zeros(criterion.num_sums, device=self.device)
+        own = [part.sums for part in reported]
+        sums = torch.stack(own).sum(0) if own else torch.zeros(criterion.num_sums, device=self.device)
         metrics = criterion.metrics(add_over_ranks(sums, is_sharded=criterion.is_sharded))
-        self._check("loss", metrics.loss, step)
         self.scheduler.step(1)
         learning_rate = backbone_learning_rate(self.optimizer)
-        updated, norm, _ = self.optimizer.step()
-        if not updated:
-            raise BitLMError(f"the gradients of step {step} are not finite; {_ADVICE}")
-        norm = float(norm)
-        self._check("gradient norm", norm, step)
-        return StepResult(metrics, norm, learning_rate)
-
-    def _check(self, name: str, value: float, step: int) -> None:
-        if not torch.isfinite(torch.tensor(value)):
-            raise BitLMError(f"the {name} of step {step} is {value}; {_ADVICE}")
+        norm = prepared_gradient_norm(self.optimizer)
+        # The norm passes over gradients that tensor-parallel ranks should hold alike; each rank looks at its own.
+        if all_finite([metrics.loss, norm, duplicated_gradients_norm(self.optimizer)], self.device):
+            update_weights(self.optimizer, norm)
+            return StepResult(metrics, norm, learning_rate)
+        diagnosis = diagnose(
+            step,
+            metrics.loss,
+            norm,
+            chunks=self.runner.chunks,
+            sample_index=[item.sample_index for item in inputs],
+            sample_losses=[part.sample_losses for part in reported],
+        )
+        return StepResult(metrics, norm, learning_rate, diagnosis)

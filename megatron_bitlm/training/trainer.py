@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
 from typing import Any
+
+import torch.distributed as dist
 
 from megatron_bitlm import __version__
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.model.build import describe_choices
 from megatron_bitlm.model.checkpoint import complete_checkpoints, read_meta
 from megatron_bitlm.parallel.state import initialize_parallel, launched_world_size, shutdown_parallel
+from megatron_bitlm.training.anomalies import SkippedSteps
 from megatron_bitlm.training.callbacks import Callback, MetricsFile, Progress, Record, TensorBoard
 from megatron_bitlm.training.config import RunConfig, flat_settings
+from megatron_bitlm.training.diagnosis import Diagnosis
 from megatron_bitlm.training.flops import device_peak, run_flops
 from megatron_bitlm.training.likelihood import LikelihoodReport
 from megatron_bitlm.training.optimizer import gradient_norms_by_part
@@ -44,7 +49,8 @@ def pretrain(config: RunConfig) -> Outcome:
     """Train the run `config` describes, from its newest checkpoint if it has one. Under torchrun, call on every rank.
 
     Raises:
-        BitLMError: Bad settings or data, a folder that holds another run, or a loss that is not finite.
+        BitLMError: Bad settings or data, or a folder that holds another run.
+        DivergedError: Too many steps in a row whose loss or gradients are not finite.
     """
     with StopRequest() as stop:
         return _pretrain(config, stop)
@@ -116,6 +122,7 @@ class Loop:
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.flops_share = flops * self.tokens_per_step / (peak * session.state.world_size) if peak else None
         self.validation: LikelihoodReport | None = None
+        self.skipped = SkippedSteps(config.anomalies.max_consecutive_skips)
 
     def run(self) -> Outcome:
         """Resume, train to the end of the session, leave a checkpoint."""
@@ -151,8 +158,11 @@ class Loop:
         began = time.perf_counter()
         inputs = self.session.next_inputs(batches)
         result = self.session.step(step, inputs)
-        norms = gradient_norms_by_part(self.session.optimizer, result.gradient_norm)
+        norms = {}
+        if result.diagnosis is None:
+            norms = gradient_norms_by_part(self.session.optimizer, result.gradient_norm)
         seconds = time.perf_counter() - began
+        self.skipped.count(result.diagnosis is not None)
         record = self._record(step, result, norms, seconds)
         # Not at the end of a session that stops early: a run's records do not depend on its sessions.
         if _is_due(step, config.validation.interval_steps) or step == config.training.num_steps:
@@ -160,19 +170,30 @@ class Loop:
             record |= self.validation.record()
         for callback in self.callbacks:
             callback.on_step(record)
+        if result.diagnosis is not None:
+            self._report_skip(result.diagnosis)
         if _is_due(step, config.checkpoint.interval_steps) or step == last:
             self._save(step)
+
+    def _report_skip(self, diagnosis: Diagnosis) -> None:
+        path = self.folder.diagnostics / f"step_{diagnosis.step}.json"
+        if self.session.state.is_main:
+            diagnosis.write(path)
+        self._warn(f"skipped, no weight was changed: {diagnosis.sentence()}; see {path}")
+        if self.skipped.too_many:
+            dist.barrier()  # the first rank to end may have the others killed
+            raise self.skipped.diverged(diagnosis, str(path))
 
     def _save(self, step: int) -> None:
         self.session.complete_weights()
         self.session.checkpoints.save(step, self._meta(), self.session.facts.tokenizer, self.session.facts.code)
 
     def _record(self, step: int, result: StepResult, norms: dict[str, float], seconds: float) -> Record:
+        figures = {**result.metrics.record(), "gradient_norm": result.gradient_norm, **norms}
         record: Record = {
             "step": step,
-            **result.metrics.record(),
-            "gradient_norm": result.gradient_norm,
-            **norms,
+            **{name: value if math.isfinite(value) else None for name, value in figures.items()},  # JSON has no NaN
+            "skipped_steps": self.skipped.total,
             "learning_rate": result.learning_rate,
             "samples": step * self.session.config.training.global_batch_size,
             "tokens": step * self.tokens_per_step,
@@ -186,6 +207,8 @@ class Loop:
     def _resume(self) -> int:
         meta = self.session.checkpoints.load_latest(self._warn)
         step = int(meta["step"]) if meta else 0
+        if meta is not None and "skipped_steps" in meta:  # checkpoints of the first versions have none
+            self.skipped.restore(meta["skipped_steps"])
         if self.session.state.is_main:
             self.folder.keep_metrics_through(step)
         return step
@@ -210,6 +233,7 @@ class Loop:
             "data": data_identity(self.session.facts),
             "settings": flat_settings(config),
             "package_version": __version__,
+            "skipped_steps": self.skipped.state(),
         }
 
 

@@ -122,15 +122,15 @@ def _listen_to_the_loss(session: Session, seen: Seen) -> None:
     original = runner.run
 
     def run(inputs: list, objective: Any, loss_function: Any, **options: Any) -> list:
-        def listen(scored: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            total, count, sums = loss_function(scored)
+        def listen(scored: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            total, count, reported = loss_function(scored)
             seen.counts.append(count.clone())
-            before = sums.clone()
+            before = reported.sums.clone()
             with torch.no_grad():
                 total.add_(1.0)  # megatron-core divides it in place
-                seen.sums_alias_the_loss |= not torch.equal(sums, before)
+                seen.sums_alias_the_loss |= not torch.equal(reported.sums, before)
                 total.sub_(1.0)
-            return total, count, sums
+            return total, count, reported
 
         return original(inputs, objective, listen, **options)
 
