@@ -136,7 +136,7 @@ def _load_code(path: Path, meta: dict[str, Any]) -> BinaryCode:
 def _load_weights(path: Path, model: BitLM) -> None:
     try:
         load_model(path, [model])
-    except (KeyboardInterrupt, SystemExit):
+    except (BitLMError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         lines = str(error).strip().splitlines() or [""]

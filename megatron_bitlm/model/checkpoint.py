@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
+from megatron_bitlm.parallel.safe_loading import load_sharded
 
 FORMAT, VERSION = "bitlm-checkpoint", 1
 META_FILE, TOKENIZER_FOLDER, CODE_MAP_FILE = "meta.json", "tokenizer", "code_map.npy"
@@ -99,8 +100,8 @@ def model_state(chunks: list) -> dict[str, Any]:
 
 
 def load_model(path: Path, chunks: list) -> None:
-    """Load the model's tensors alone, whatever layout wrote them. Collective."""
-    loaded = dist_checkpointing.load(model_state(chunks), str(path))
+    """Load the model's tensors alone, whatever layout wrote them; no code found in the folder is run. Collective."""
+    loaded = load_sharded(model_state(chunks), path)
     for name, chunk in zip(model_state(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name], strict=True)
 

@@ -1,13 +1,12 @@
 """Mends for faults of megatron-core 0.16.1 that show without Transformer Engine and Apex, on any device."""
 
 import functools
-import multiprocessing
-from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 
-from megatron_bitlm.parallel.processes import end_with_parent
+from megatron_bitlm.parallel.processes import Outbox
+from megatron_bitlm.parallel.safe_loading import install_safe_loading
 
 
 def _mend_checkpoint_without_output() -> None:
@@ -84,22 +83,15 @@ def _mend_torch_adam() -> None:
     optimizer_class._set_main_param_and_optimizer_states = set_states
 
 
-def _mend_queue_server_outliving_a_kill() -> None:
-    """Lets the process that serves the checkpoint writers' queue end with this one.
+def _mend_queue_server() -> None:
+    """Lets the processes that write a checkpoint report to this one without a server between them.
 
-    megatron-core starts it with the first checkpoint, and nothing ends it when the training process is killed: it would
-    stay, with its 275 MB, for every kill.
+    megatron-core spawns the server with the first checkpoint: some seconds, 275 MB, an entry script that must be safe
+    to import, and nothing that ends it when the training process is killed.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def get_write_results_queue() -> Any:
-        if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-            manager.start(end_with_parent)
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
-
-    filesystem_async._get_write_results_queue = get_write_results_queue
+    filesystem_async._get_write_results_queue = Outbox
 
 
 @functools.cache  # idempotent: the second call finds the work done
@@ -107,4 +99,5 @@ def install_mends() -> None:
     """Applies the mends; call it before a model or an optimizer is built. TE's and Apex's paths stay."""
     _mend_checkpoint_without_output()
     _mend_torch_adam()
-    _mend_queue_server_outliving_a_kill()
+    _mend_queue_server()
+    install_safe_loading()

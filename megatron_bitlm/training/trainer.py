@@ -141,6 +141,10 @@ class Loop:
                     self._stop_at(reached, start)
                     break
                 self._one_step(step, batches, last)
+            self.session.checkpoints.finish()
+        except BaseException:
+            self.session.checkpoints.finish_after_error()
+            raise
         finally:
             for callback in self.callbacks:
                 callback.on_end()
@@ -155,6 +159,7 @@ class Loop:
 
     def _one_step(self, step: int, batches: Any, last: int) -> None:
         config = self.session.config
+        self.session.checkpoints.poll()
         began = time.perf_counter()
         inputs = self.session.next_inputs(batches)
         result = self.session.step(step, inputs)

@@ -1,20 +1,29 @@
-"""Helper processes end with the process that started them, however that ended."""
+"""Helper processes end with the process that started them, however that ended, and send back what they found."""
 
+import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
 import time
 
-CHECKPOINT_QUEUE = """
-import time
-from megatron_bitlm.parallel.mends import install_mends
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+import pytest
+
+from megatron_bitlm.parallel.processes import Outbox
+
+FORKING = """
+import multiprocessing, os, time
+from megatron_bitlm.parallel.processes import end_with_parent
+
+def wait():
+    end_with_parent()
+    time.sleep(600)
+
 if __name__ == "__main__":
-    install_mends()
-    queue = filesystem_async._get_write_results_queue()
-    queue.put(1)
-    print(queue._manager._process.pid, queue.get(), flush=True)
+    process = multiprocessing.get_context("fork").Process(target=wait)
+    process.start()
+    print(process.pid, flush=True)
     time.sleep(600)
 """
 
@@ -27,17 +36,43 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_the_checkpoint_queue_does_not_outlive_a_kill(tmp_path) -> None:
+def test_a_forked_process_does_not_outlive_a_kill(tmp_path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(CHECKPOINT_QUEUE)
+    script.write_text(FORKING)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
-    pid, got = (int(word) for word in process.stdout.readline().split())
-    assert got == 1 and is_running(pid)
+    pid = int(process.stdout.readline())
+    assert is_running(pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 60
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_running(pid)
+
+
+def fork_and_join(target, *arguments) -> None:
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    process.join()
+
+
+def test_an_outbox_brings_what_a_pipe_would_block_on() -> None:
+    outbox = Outbox()
+    fork_and_join(outbox.put, {"bytes": b"x" * 5_000_000})
+    assert outbox.get_nowait() == {"bytes": b"x" * 5_000_000}
+
+
+def die(outbox: Outbox) -> None:
+    outbox._file.write(b"\x80\x04half of a pickle")
+    outbox._file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("target", [len, die])
+def test_an_outbox_is_empty_when_its_writer_put_nothing_or_was_killed(target) -> None:
+    outbox = Outbox()
+    fork_and_join(target, outbox)
+    with pytest.raises(queue.Empty):
+        outbox.get_nowait()
