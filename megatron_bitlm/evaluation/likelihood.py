@@ -1,4 +1,7 @@
-"""`bitlm evaluate likelihood`: the bound of a checkpoint on a dataset's validation split, beside counted baselines."""
+"""`bitlm evaluate likelihood`: a checkpoint on a dataset's validation split, beside counted baselines.
+
+BitLM's figure is an upper bound on the negative log-likelihood, the softmax baseline's is exact, of the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _DOCUMENTS_AT_ONCE = 4096
 def checkpoint_likelihood(
     loaded: LoadedModel, data: DataConfig, *, num_samples: int | None, micro_batch_size: int, num_repeats: int = 1
 ) -> LikelihoodReport:
-    """The likelihood bound on samples of the validation split.
+    """The likelihood (of a BitLM its bound) of samples of the validation split.
 
     Args:
         loaded: From `loaded_model`.
@@ -134,9 +137,9 @@ def run_evaluate(arguments: list[str]) -> None:
 
 
 def likelihood_figures(report: LikelihoodReport) -> dict[str, Any]:
-    """The report as JSON data; the standard error is null with a single sample."""
+    """The report as JSON data, "bound" or "exact"; the standard error is null with a single sample."""
     return {
-        "bound": {
+        "exact" if report.is_exact else "bound": {
             "nats_per_token": report.estimate.nats_per_token,
             "standard_error": report.estimate.standard_error if report.estimate.num_samples > 1 else None,
             "perplexity": report.estimate.perplexity,
@@ -149,14 +152,16 @@ def likelihood_figures(report: LikelihoodReport) -> dict[str, Any]:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """A small table; the model's line is an upper bound and says so."""
-    bound = figures["bound"]
-    spread = "" if bound["standard_error"] is None else f" +- {bound['standard_error']:.4f}"
-    lines = [
-        f"{'':10} {'nats/token':>16} {'bits/byte':>10}",
-        f"{'BitLM':10} <= {bound['nats_per_token']:.4f}{spread} "
-        f"<= {bound['bits_per_byte']:.4f}   perplexity <= {bound['perplexity']:.2f}, {bound['num_tokens']:,} tokens",
-    ]
+    """A small table; a BitLM's line is an upper bound and says so."""
+    lines = [f"{'':10} {'nats/token':>16} {'bits/byte':>10}"]
+    for kind, name, relation in (("bound", "BitLM", "<="), ("exact", "softmax", " =")):
+        if kind in figures:
+            found = figures[kind]
+            spread = "" if found["standard_error"] is None else f" +- {found['standard_error']:.4f}"
+            lines.append(
+                f"{name:10} {relation} {found['nats_per_token']:.4f}{spread} {relation} {found['bits_per_byte']:.4f}   "
+                f"perplexity {relation.strip()} {found['perplexity']:.2f}, {found['num_tokens']:,} tokens"
+            )
     for name in ("bigram", "unigram"):
         if name in figures:
             result = figures[name]
@@ -167,7 +172,7 @@ def describe(figures: dict[str, Any]) -> str:
 def evaluate_parser() -> argparse.ArgumentParser:
     """Parser of `bitlm evaluate`."""
     parser = argparse.ArgumentParser(prog="bitlm evaluate", description="Measure a checkpoint.")
-    parser.add_argument("what", choices=["likelihood"], help="upper bound on the negative log-likelihood")
+    parser.add_argument("what", choices=["likelihood"], help="negative log-likelihood; of a BitLM a bound")
     parser.add_argument("--checkpoint", required=True, help="run folder, or one of its checkpoints/step_* folders")
     parser.add_argument("--data", nargs="+", help="dataset prefixes (default: the run's)")
     parser.add_argument("--split", help="shares of documents, as data.split (default: the run's)")

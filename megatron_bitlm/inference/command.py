@@ -9,23 +9,30 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.inference.generate import Generation, Generator
+from megatron_bitlm.inference.autoregressive import TokenGenerator
+from megatron_bitlm.inference.generate import Generator
 from megatron_bitlm.inference.load import LoadedModel, loaded_model
+from megatron_bitlm.inference.prompts import Generation
 from megatron_bitlm.method.sampler import SamplerConfig
+from megatron_bitlm.method.token_sampling import TokenSamplerConfig
+
+# Option of the command: setting of the sampler.
+_DIFFUSION_OPTIONS = {
+    "steps": "num_steps",
+    "guidance": "guidance",
+    "guidance_mode": "guidance_mode",
+    "grid": "grid",
+    "noise_raise": "noise_raise",
+}
+_SOFTMAX_OPTIONS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
 
 
 def run_generate(arguments: list[str]) -> None:
     """Parse arguments, load the checkpoint, print continuations."""
     options = _parser().parse_args(arguments)
     prompts = _prompts(options)
-    sampler = SamplerConfig(
-        num_steps=options.steps,
-        guidance=options.guidance,
-        guidance_mode=options.guidance_mode,
-        grid=options.grid,
-        noise_raise=options.noise_raise,
-    )
     with loaded_model(options.checkpoint) as loaded:
+        sampler = sampler_settings(options, loaded)
         results = continue_texts(
             loaded, prompts, sampler=sampler, max_new_tokens=options.max_new_tokens, seed=options.seed
         )
@@ -33,11 +40,38 @@ def run_generate(arguments: list[str]) -> None:
             _show(prompt, result, loaded, as_json=options.json)
 
 
+def sampler_settings(options: argparse.Namespace, loaded: LoadedModel) -> SamplerConfig | TokenSamplerConfig:
+    """The sampler's settings for the model at hand.
+
+    Raises:
+        BitLMError: An option was given that only the other kind of model has.
+    """
+    is_softmax = loaded.config.output == "softmax"
+    own, other = (_SOFTMAX_OPTIONS, _DIFFUSION_OPTIONS) if is_softmax else (_DIFFUSION_OPTIONS, _SOFTMAX_OPTIONS)
+    for option in other:
+        if getattr(options, option) is not None:
+            kind = "BitLM" if is_softmax else "softmax"
+            raise BitLMError(
+                f"--{option.replace('_', '-')} is an option of {kind} models, but {options.checkpoint} holds one with "
+                f"model.output {loaded.config.output}; leave it out"
+            )
+    given = {own[option]: getattr(options, option) for option in own if getattr(options, option) is not None}
+    return TokenSamplerConfig(**given) if is_softmax else SamplerConfig(**given)
+
+
 def continue_texts(
-    loaded: LoadedModel, prompts: list[str], *, sampler: SamplerConfig, max_new_tokens: int, seed: int
+    loaded: LoadedModel,
+    prompts: list[str],
+    *,
+    sampler: SamplerConfig | TokenSamplerConfig,
+    max_new_tokens: int,
+    seed: int,
 ) -> list[Generation]:
     """Continue texts as one batch; row i uses seed + i."""
-    generator = Generator(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler)
+    if isinstance(sampler, TokenSamplerConfig):
+        generator: Generator | TokenGenerator = TokenGenerator(loaded.model, sampler=sampler)
+    else:
+        generator = Generator(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler)
     return generator.generate(
         [loaded.tokenizer.encode(prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,
@@ -46,24 +80,34 @@ def continue_texts(
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = SamplerConfig()
     parser = argparse.ArgumentParser(prog="bitlm generate", description="Continue prompts with a checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="run folder, or one of its checkpoints/step_* folders")
     parser.add_argument("--prompt", nargs="+", default=[], help="texts to continue; may be empty strings")
     parser.add_argument("--prompt-file", help="file with one prompt a line; - for standard input")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="limit for each prompt (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=defaults.num_steps, help="denoising steps K (default %(default)s)")
-    parser.add_argument(
-        "--guidance", type=float, default=defaults.guidance, help="classifier-free guidance (default %(default)s)"
-    )
-    parser.add_argument("--guidance-mode", choices=["mean", "clipped", "logit"], default=defaults.guidance_mode)
-    parser.add_argument("--grid", choices=["uniform", "logsnr", "entropy"], default=defaults.grid)
-    parser.add_argument(
-        "--noise-raise", type=float, default=0.0, help="eta of the stochastic sampler; 0 is Euler (default 0)"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
+    _add_diffusion_options(parser.add_argument_group("BitLM", "how blocks are denoised"))
+    _add_softmax_options(parser.add_argument_group("softmax", "how the baseline's tokens are drawn"))
     return parser
+
+
+# Defaults stay None, so that an option of the other kind of model is noticed.
+def _add_diffusion_options(group: argparse._ArgumentGroup) -> None:
+    defaults = SamplerConfig()
+    group.add_argument("--steps", type=int, help=f"denoising steps K (default {defaults.num_steps})")
+    group.add_argument("--guidance", type=float, help=f"classifier-free guidance (default {defaults.guidance})")
+    modes, grids = ["mean", "clipped", "logit"], ["uniform", "logsnr", "entropy"]
+    group.add_argument("--guidance-mode", choices=modes, help=f"default {defaults.guidance_mode}")
+    group.add_argument("--grid", choices=grids, help=f"times of the steps (default {defaults.grid})")
+    group.add_argument("--noise-raise", type=float, help="eta of the stochastic sampler; 0 is Euler (default 0)")
+
+
+def _add_softmax_options(group: argparse._ArgumentGroup) -> None:
+    defaults = TokenSamplerConfig()
+    group.add_argument("--temperature", type=float, help=f"0 is greedy (default {defaults.temperature})")
+    group.add_argument("--top-k", type=int, help="only the k likeliest tokens; 0 takes all (default 0)")
+    group.add_argument("--top-p", type=float, help="only the likeliest tokens that reach p together (default 1)")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -86,5 +130,6 @@ def _show(prompt: str, result: Generation, loaded: LoadedModel, *, as_json: bool
         print(json.dumps({"prompt": prompt, "text": text, **asdict(result)}))
         return
     end = "end of text" if result.finished else "limit reached"
-    print(f"--- {len(result.ids)} tokens, {result.num_blocks} blocks, {end}")
+    blocks = f", {result.num_blocks} blocks" if result.num_blocks else ""
+    print(f"--- {len(result.ids)} tokens{blocks}, {end}")
     print(f"{prompt}{text}")

@@ -23,6 +23,7 @@ from megatron_bitlm.model.checkpoint import (
     load_model,
     read_meta,
 )
+from megatron_bitlm.model.softmax import SoftmaxLM
 from megatron_bitlm.parallel.state import ParallelConfig, ParallelState, initialize_parallel, shutdown_parallel
 
 
@@ -30,7 +31,7 @@ from megatron_bitlm.parallel.state import ParallelConfig, ParallelState, initial
 class LoadedModel:
     """A model ready to generate or to be scored, with what its checkpoint says of it."""
 
-    model: BitLM
+    model: BitLM | SoftmaxLM
     config: ModelConfig
     code: BinaryCode
     tokenizer: Tokenizer
@@ -133,7 +134,7 @@ def _load_code(path: Path, meta: dict[str, Any]) -> BinaryCode:
         raise BitLMError(f"{path / CODE_MAP_FILE} is not a code map of {size} ids; use another checkpoint") from error
 
 
-def _load_weights(path: Path, model: BitLM) -> None:
+def _load_weights(path: Path, model: BitLM | SoftmaxLM) -> None:
     try:
         load_model(path, [model])
     except (BitLMError, KeyboardInterrupt, SystemExit):

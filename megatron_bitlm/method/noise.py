@@ -46,6 +46,7 @@ class Stream(IntEnum):
     SAMPLER = 4
     LIKELIHOOD_TIME = 5
     LIKELIHOOD_NOISE = 6
+    TOKEN_SAMPLER = 7
 
 
 def uniform(seed: int, stream: Stream, sample: Tensor, block: Tensor, num: int) -> Tensor:
