@@ -21,7 +21,7 @@ from megatron_bitlm.data.corpus_units import UNIT_NUM_BYTES, repaired, text_unit
 from megatron_bitlm.data.framing import check_block_bits
 from megatron_bitlm.data.merge import SHARD, merge_datasets
 from megatron_bitlm.data.partial import PartialDataset
-from megatron_bitlm.data.preprocess import Encoding, encode_unit
+from megatron_bitlm.data.preprocess import Encoder, encode_unit
 from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.errors import BitLMError
 
@@ -117,12 +117,11 @@ class BinaryCodeWriter(PipelineStep):
         code = load_code(tokenizer.vocab_size, self.code_map)
         check_block_bits(self.block_size, code.num_bits)
         partial.start(tokenizer, code)
-        folder = str(partial.tokenizer_folder)
-        encoding = Encoding(folder, tokenizer.fingerprint, self.code_map, code.code_map_hash, self.block_size)
+        encoder = Encoder(tokenizer, code, self.block_size)
         units = text_units((repaired(document.text) for document in data), "documents")
         partial.skip_finished(units)
         for unit in units:
-            encoded = encode_unit(unit, encoding)
+            encoded = encode_unit(unit, encoder)
             partial.append(unit.digest, encoded)
             self.stat_update("tokens", value=int(encoded.num_text_tokens_d.sum()), unit="unit")
         partial.finish(tokenizer, code, self.block_size)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -132,14 +132,18 @@ def preprocess(config: PreprocessConfig) -> Card:
         code = load_code(tokenizer.vocab_size, config.code_map)
         check_block_bits(config.block_size, code.num_bits)
         partial.start(tokenizer, code)
-        encoding = Encoding(
-            str(partial.tokenizer_folder),
-            tokenizer.fingerprint,
-            config.code_map,
-            code.code_map_hash,
-            config.block_size,
-        )
-        _encode_corpus(config, corpus, partial, encoding, num_workers)
+        if num_workers == 1:
+            encode = functools.partial(_encode_here, encoder=Encoder(tokenizer, code, config.block_size))
+        else:
+            saved = SavedEncoder(
+                str(partial.tokenizer_folder),
+                tokenizer.fingerprint,
+                config.code_map,
+                code.code_map_hash,
+                config.block_size,
+            )
+            encode = functools.partial(_encode_in_pool, saved=saved, num_workers=num_workers)
+        _encode_corpus(config, corpus, partial, encode)
         if partial.totals.num_documents == 0:
             what = config.corpus or ", ".join(config.input)
             partial.discard()
@@ -149,9 +153,17 @@ def preprocess(config: PreprocessConfig) -> Card:
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """What a worker needs to load once; the hashes keep one preprocess call's objects from serving
-    another's."""
+class Encoder:
+    """What turns text into packed blocks."""
+
+    tokenizer: Tokenizer
+    code: BinaryCode
+    block_size: int
+
+
+@dataclass(frozen=True)
+class SavedEncoder:
+    """What a worker needs to load an `Encoder` once; the hashes keep one preprocess call's from serving another's."""
 
     tokenizer_folder: str
     tokenizer_fingerprint: str
@@ -200,7 +212,10 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int, max_num_bytes: int, folder
 
 
 def _encode_corpus(
-    config: PreprocessConfig, corpus: Corpus, partial: PartialDataset, encoding: Encoding, num_workers: int
+    config: PreprocessConfig,
+    corpus: Corpus,
+    partial: PartialDataset,
+    encode: Callable[[Iterator[Unit]], Generator[tuple[Unit, EncodedUnit], None, None]],
 ) -> None:
     """Appends every unit that is not in ``partial`` yet, in order, until the corpus or max_documents ends."""
     units = corpus.units()
@@ -209,7 +224,7 @@ def _encode_corpus(
     if limit is not None and partial.totals.num_documents >= limit:
         return
     progress = CorpusProgress(corpus.num_input_bytes, config.log_interval_seconds, skipped_input_bytes)
-    with progress, contextlib.closing(_encoded(units, encoding, num_workers)) as results:
+    with progress, contextlib.closing(encode(units)) as results:
         for unit, encoded in results:
             if limit is not None:
                 encoded = encoded.first(limit - partial.totals.num_documents)
@@ -220,17 +235,20 @@ def _encode_corpus(
                 break
 
 
-def _encoded(units: Iterator[Unit], encoding: Encoding, num_workers: int) -> Iterator[tuple[Unit, EncodedUnit]]:
+def _encode_here(units: Iterator[Unit], encoder: Encoder) -> Generator[tuple[Unit, EncodedUnit], None, None]:
+    for unit in units:
+        yield unit, encode_unit(unit, encoder)
+
+
+def _encode_in_pool(
+    units: Iterator[Unit], saved: SavedEncoder, num_workers: int
+) -> Generator[tuple[Unit, EncodedUnit], None, None]:
     """Units with their encoded documents, in order; a few units are in work ahead of the one that is due."""
-    if num_workers == 1:
-        for unit in units:
-            yield unit, encode_unit(unit, encoding)
-        return
     pool = ProcessPoolExecutor(num_workers, mp_context=pool_context(), initializer=end_with_parent)
     try:
         waiting: deque[tuple[Unit, Future[EncodedUnit]]] = deque()
         for unit in units:
-            waiting.append((unit, pool.submit(encode_unit, unit, encoding)))
+            waiting.append((unit, pool.submit(_encode_in_worker, unit, saved)))
             if len(waiting) > 2 * num_workers:
                 due, future = waiting.popleft()
                 yield due, future.result()
@@ -245,10 +263,23 @@ def _encoded(units: Iterator[Unit], encoding: Encoding, num_workers: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def encode_unit(unit: Unit, encoding: Encoding) -> EncodedUnit:
-    """Encodes the documents of a unit. Runs in a worker."""
-    tokenizer, code = _tokenizer_and_code(encoding)
-    block_size = encoding.block_size
+def _encode_in_worker(unit: Unit, saved: SavedEncoder) -> EncodedUnit:
+    return encode_unit(unit, _load_encoder(saved))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_encoder(saved: SavedEncoder) -> Encoder:
+    tokenizer = load_tokenizer(saved.tokenizer_folder)
+    return Encoder(tokenizer, load_code(tokenizer.vocab_size, saved.code_map), saved.block_size)
+
+
+def encode_unit(unit: Unit, encoder: Encoder) -> EncodedUnit:
+    """Encodes the documents of a unit.
+
+    Raises:
+        BitLMError: a broken document, or an id or a document that cannot be stored.
+    """
+    tokenizer, code, block_size = encoder.tokenizer, encoder.code, encoder.block_size
     batches = []
     num_empty = 0
     for texts in _batches(unit.documents()):
@@ -277,12 +308,6 @@ def encode_unit(unit: Unit, encoding: Encoding) -> EncodedUnit:
         none = np.zeros(0, dtype=np.int64)
         return EncodedUnit(none.astype(np.uint8), none, none, none, none, num_empty)
     return EncodedUnit(*(np.concatenate(columns) for columns in zip(*batches, strict=True)), num_empty)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer_and_code(encoding: Encoding) -> tuple[Tokenizer, BinaryCode]:
-    tokenizer = load_tokenizer(encoding.tokenizer_folder)
-    return tokenizer, load_code(tokenizer.vocab_size, encoding.code_map)
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

@@ -72,15 +72,15 @@ class Tokenizer(ABC):
         Raises:
             BitLMError: the tokenizer gave its own BOS or EOS for text.
         """
-        arrays = []
-        for text in texts:
-            ids = self._encode_array(text)
-            if ids.size and bool(((ids == self.bos_id) | (ids == self.eos_id)).any()):
-                raise BitLMError(
-                    f"the {self.kind} tokenizer turns the text {text[:60]!r} into its own BOS or EOS id "
-                    f"({self.bos_id}, {self.eos_id}): choose other tokens with bos_token and eos_token"
-                )
-            arrays.append(ids)
+        arrays = [self._encode_array(text) for text in texts]
+        ids = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+        if bool(((ids == self.bos_id) | (ids == self.eos_id)).any()):
+            reserved = [self.bos_id, self.eos_id]
+            text = next(t for t, ids in zip(texts, arrays, strict=True) if np.isin(ids, reserved).any())
+            raise BitLMError(
+                f"the {self.kind} tokenizer turns the text {text[:60]!r} into its own BOS or EOS id "
+                f"({self.bos_id}, {self.eos_id}): choose other tokens with bos_token and eos_token"
+            )
         return arrays
 
     def encode(self, text: str) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bitlm.data.byte_pairs import MAX_SPACE_RUN, LibraryEncoder, has_long_space_run
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
 
@@ -76,6 +77,11 @@ class TiktokenTokenizer(Tokenizer):
             raise BitLMError(f"tokenizer {name}: pattern {pattern!r} is not accepted ({error})") from error
 
     def _encode_array(self, text: str) -> np.ndarray:
+        if has_long_space_run(text):
+            raise BitLMError(
+                f"a text of {len(text)} characters, {text[:40]!r} ..., has {MAX_SPACE_RUN} or more white-space "
+                "characters in a row, which tiktoken may not survive: shorten such runs, or use the tokenizer.json"
+            )
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def _decode(self, ids: list[int]) -> str:
@@ -165,28 +171,41 @@ class HuggingFaceTokenizer(Tokenizer):
     Special tokens in text are encoded as plain text. A normaliser in the file (Qwen's own has NFC) acts on
     text before it is encoded, and decoding then returns the normalised text.
 
+    Much text is encoded by tiktoken where it gives the same ids (see `byte_pairs`).
+
+    Args:
+        content: tokenizer.json.
+        bos_id, eos_id: the ids that frame documents.
+        name: what error messages call the file.
+        description: ``content`` parsed, where the caller has it.
+
     Raises:
         BitLMError: the file cannot be read, or BOS and EOS are the same id.
     """
 
     kind = "huggingface"
 
-    def __init__(self, content: bytes, bos_id: int, eos_id: int, name: str) -> None:
+    def __init__(
+        self, content: bytes, bos_id: int, eos_id: int, name: str, description: dict[str, Any] | None = None
+    ) -> None:
         self._json_file = content
         self.bos_id, self.eos_id = bos_id, eos_id
         _check_specials(bos_id, eos_id, name)
-        self._description = _parse_tokenizer_json(content, name)
+        self._description = description or _parse_tokenizer_json(content, name)
         # `encode_special_tokens` covers tokens marked special, so BOS and EOS must be.
-        for added in self._description.get("added_tokens") or []:
-            added["special"] = added["special"] or added["id"] in (bos_id, eos_id)
-        self._tokenizer = _build_tokenizer(json.dumps(self._description), name)
+        ordinary = [a for a in self._description.get("added_tokens") or [] if a["id"] in (bos_id, eos_id)]
+        ordinary = [added for added in ordinary if not added["special"]]
+        for added in ordinary:
+            added["special"] = True
+        self._tokenizer = _build_tokenizer(json.dumps(self._description) if ordinary else content.decode(), name)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._encoder = LibraryEncoder(self._description, self._tokenizer)
 
     def _encode_array(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        return self._encoder(text)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -280,15 +299,16 @@ def _huggingface(
     new_tokens = [t.removeprefix("add:") for t in (bos_token, eos_token) if t is not None and t.startswith("add:")]
     if new_tokens:
         content = _with_added_tokens(description, new_tokens, name)
+        description = _parse_tokenizer_json(content, name)
         bos_token, eos_token = (t and t.removeprefix("add:") for t in (bos_token, eos_token))
-    vocab = _build_tokenizer(content.decode(), name).get_vocab(with_added_tokens=True)
+    vocab = _vocabulary(description)
     endoftext = "<|endoftext|>" if "<|endoftext|>" in vocab else None
     eos_id = _find_special(
         "eos_token", eos_token, [endoftext, configured["eos_token"], *_EOS_CANDIDATES], vocab, None, name
     )
     bos_candidates = [configured["bos_token"], *_BOS_CANDIDATES]
     bos_id = _find_special("bos_token", bos_token, bos_candidates, vocab, eos_id, name)
-    return HuggingFaceTokenizer(content, bos_id, eos_id, name)
+    return HuggingFaceTokenizer(content, bos_id, eos_id, name, description)
 
 
 def _find_special(
@@ -325,11 +345,18 @@ def _with_added_tokens(description: dict[str, Any], tokens: list[str], name: str
 def _parse_tokenizer_json(content: bytes, name: str) -> dict[str, Any]:
     try:
         description = json.loads(content)
-        if not isinstance(description, dict) or "model" not in description:
-            raise ValueError("no `model` in it")
+        if not isinstance(description, dict) or "vocab" not in (description.get("model") or ()):
+            raise ValueError("no `model` with a `vocab` in it")
     except ValueError as error:
         raise BitLMError(f"tokenizer {name}: not a tokenizer.json ({error})") from error
     return description
+
+
+def _vocabulary(description: dict[str, Any]) -> dict[str, int]:
+    """Id of every token, the added ones included; a Unigram model lists its pieces in the order of their ids."""
+    known = description["model"]["vocab"]
+    vocab = dict(known) if isinstance(known, dict) else {piece: token for token, (piece, _) in enumerate(known)}
+    return vocab | {added["content"]: added["id"] for added in description.get("added_tokens") or []}
 
 
 def _build_tokenizer(content: str, name: str) -> Any:
