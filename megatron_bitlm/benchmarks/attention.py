@@ -89,9 +89,9 @@ def bench_attention(settings: AttentionBenchmark, output: Path | None = None) ->
     except ValueError as error:
         raise BitLMError(f"the attention benchmark cannot run: {error}") from error
     peaks = {name: peak_memory(build_call, settings, name, device) for name in _CONTESTANTS} if settings.memory else {}
-    seconds = take_turns(_contestants(settings, layout, device), settings, device)
+    turns = take_turns(_contestants(settings, layout, device), settings, device)
     tokens = float(settings.batch_size * settings.seq_len)
-    comparison = Comparison("fast", seconds, dict.fromkeys(seconds, tokens), "tokens", peaks)
+    comparison = Comparison("fast", turns, dict.fromkeys(_CONTESTANTS, tokens), "tokens", peaks)
     num_documents = len(layout.cu_seqlens) - 1
     facts = {"backend": choose_backend(device, dtype, settings.head_dim), "num_documents": num_documents}
     title = (

@@ -51,34 +51,51 @@ class BenchmarkConfig:
 
 
 @dataclass
+class Turns:
+    """Seconds by variant, one value a turn.
+
+    Attributes:
+        seconds: By the clock on the wall; on a GPU between two events.
+        cpu_seconds: Of this process's threads together. On a shared machine they are the steadier of the two for work
+            of one thread; they leave out waiting for files and for a GPU.
+    """
+
+    seconds: dict[str, list[float]]
+    cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
 class Comparison:
-    """Seconds of every variant, turn by turn.
+    """Times of every variant, turn by turn, against one of them.
 
     Attributes:
         baseline: The variant that the others are compared with.
-        seconds: By variant, one value a turn.
+        turns: From `take_turns`.
         amounts: By variant, what one call works off, in `unit`s; empty where only times matter.
         unit: For example `tokens`.
         peak_bytes: By variant, from `megatron_bitlm.benchmarks.memory`; None where it could not be measured.
     """
 
     baseline: str
-    seconds: dict[str, list[float]]
+    turns: Turns
     amounts: dict[str, float] = field(default_factory=dict)
     unit: str = ""
     peak_bytes: dict[str, int | None] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Figures]:
         """By variant: times, their ratio to the baseline's in the same turn, rates and the ratio of rates, memory."""
-        return {name: self._figures(name) for name in self.seconds}
+        return {name: self._figures(name) for name in self.turns.seconds}
 
     def _figures(self, name: str) -> Figures:
-        own, other = np.array(self.seconds[name]), np.array(self.seconds[self.baseline])
+        own, other = (np.array(self.turns.seconds[key]) for key in (name, self.baseline))
         found: Figures = {"seconds": _spread(own), "time_ratio": _spread(own / other), "turns": own.tolist()}
         if self.amounts:
             amount, base = self.amounts[name], self.amounts[self.baseline]
             found[f"{self.unit}_per_second"] = _spread(amount / own)
             found["rate_ratio"] = _spread((amount / own) / (base / other))
+        if self.turns.cpu_seconds:
+            own, other = (np.array(self.turns.cpu_seconds[key]) for key in (name, self.baseline))
+            found |= {"cpu_seconds": _spread(own), "cpu_time_ratio": _spread(own / other), "cpu_turns": own.tolist()}
         if name in self.peak_bytes:
             peak, base_peak = self.peak_bytes[name], self.peak_bytes.get(self.baseline)
             found["peak_bytes"] = peak
@@ -87,7 +104,7 @@ class Comparison:
 
     def table(self) -> str:
         """The figures for reading: medians, with the quartiles in parentheses."""
-        rows = [["", "median ms", "quartiles", "min to max", f"time / {self.baseline}"]]
+        rows = [["", "median ms", "quartiles", "min to max", f"time / {self.baseline}", "CPU time / same"]]
         if self.amounts:
             rows[0] += [f"{self.unit}/s", f"rate / {self.baseline}"]
         if self.peak_bytes:
@@ -101,20 +118,20 @@ class Comparison:
         )
 
 
-def take_turns(
-    variants: Mapping[str, Callable[[], object]], config: BenchmarkConfig, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of every variant: all of them once, again and again (A B A B), after the warm-up turns.
+def take_turns(variants: Mapping[str, Callable[[], object]], config: BenchmarkConfig, device: torch.device) -> Turns:
+    """Times every variant: all of them once, again and again (A B A B), after the warm-up turns.
 
     On a GPU a turn is the time between two CUDA events around the call, with nothing left to do before the first.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    turns = Turns({name: [] for name in variants}, {name: [] for name in variants})
     for turn in range(config.num_warmup + config.num_repetitions):
         for name, run in variants.items():
+            cpu_start = time.process_time()
             taken = _time_on_gpu(run, device) if device.type == "cuda" else _time_on_cpu(run)
             if turn >= config.num_warmup:
-                seconds[name].append(taken)
-    return seconds
+                turns.seconds[name].append(taken)
+                turns.cpu_seconds[name].append(time.process_time() - cpu_start)
+    return turns
 
 
 def _time_on_cpu(run: Callable[[], object]) -> float:
@@ -152,6 +169,7 @@ def _row(found: Figures, unit: str | None, with_memory: bool) -> list[str]:
         f"{_three_digits(seconds['quartile_low'])} to {_three_digits(seconds['quartile_high'])}",
         f"{_three_digits(seconds['min'])} to {_three_digits(seconds['max'])}",
         _ratio(found["time_ratio"]),
+        _ratio(found["cpu_time_ratio"]) if "cpu_time_ratio" in found else "-",
     ]
     if unit is not None:
         cells += [f"{found[f'{unit}_per_second']['median']:,.0f}", _ratio(found["rate_ratio"])]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bitlm.benchmarks.harness import BenchmarkConfig, Comparison, take_turns
+from megatron_bitlm.benchmarks.harness import BenchmarkConfig, Comparison, Turns, take_turns
 from megatron_bitlm.benchmarks.memory import peak_memory
 from megatron_bitlm.benchmarks.report import describe_device, make_report, publish
 from megatron_bitlm.cli import main
@@ -18,21 +18,23 @@ CPU = torch.device("cpu")
 def test_variants_take_turns():
     calls = []
     variants = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = take_turns(variants, BenchmarkConfig(device="cpu", num_warmup=2, num_repetitions=3), CPU)
+    turns = take_turns(variants, BenchmarkConfig(device="cpu", num_warmup=2, num_repetitions=3), CPU)
     assert calls == list("abc") * 5
-    assert list(seconds) == list("abc") and all(len(turns) == 3 and min(turns) >= 0 for turns in seconds.values())
+    for times in (turns.seconds, turns.cpu_seconds):
+        assert list(times) == list("abc") and all(len(own) == 3 and min(own) >= 0 for own in times.values())
 
 
 def test_ratios_are_taken_turn_by_turn():
     """A machine that gets slower from turn to turn leaves the ratios alone."""
     load = np.array([1.0, 2.0, 4.0, 8.0])
     seconds = {"base": load.tolist(), "other": (load * [2.0, 2.0, 3.0, 2.0]).tolist()}
-    comparison = Comparison("base", seconds, {"base": 10.0, "other": 30.0}, "tokens", {"base": 100, "other": None})
+    turns = Turns(seconds, {"base": [1.0] * 4, "other": [4.0] * 4})
+    comparison = Comparison("base", turns, {"base": 10.0, "other": 30.0}, "tokens", {"base": 100, "other": None})
     found = comparison.figures()["other"]
     assert found["time_ratio"]["median"] == 2 and found["time_ratio"]["max"] == 3
     assert found["rate_ratio"]["median"] == 1.5 and found["rate_ratio"]["min"] == 1
     assert found["tokens_per_second"]["max"] == 15 and found["seconds"]["median"] == 8
-    assert found["turns"] == seconds["other"]
+    assert found["turns"] == seconds["other"] and found["cpu_time_ratio"]["median"] == 4
     assert found["peak_bytes"] is None and found["peak_ratio"] is None
     lines = comparison.table().splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
@@ -87,7 +89,8 @@ def test_times_and_memory_on_a_gpu():
     """A product of matrices takes longer than an addition, and its peak is what it allocates."""
     device = torch.device("cuda", 0)
     x = torch.ones(4096, 4096, device=device)
-    seconds = take_turns({"add": lambda: x + x, "multiply": lambda: x @ x @ x}, BenchmarkConfig(num_warmup=3), device)
+    calls = {"add": lambda: x + x, "multiply": lambda: x @ x @ x}
+    seconds = take_turns(calls, BenchmarkConfig(num_warmup=3), device).seconds
     assert np.median(seconds["multiply"]) > np.median(seconds["add"]) > 0
     assert peak_memory(build_on_gpu, 1 << 26, "any", device) >= 2 << 26
 
