@@ -109,6 +109,11 @@ class ModelConfig:
         """Tokens that see each other: m, or 1 in the causal baseline."""
         return 1 if self.output == "softmax" else self.block_size
 
+    @property
+    def recomputes_head(self) -> bool:
+        """Whether backward runs the diffusion head's layers again."""
+        return self.output == "diffusion" and self.head.activation_checkpointing
+
 
 def build_chunks(
     config: ModelConfig,

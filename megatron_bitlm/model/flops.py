@@ -17,7 +17,7 @@ class TokenFlops:
     """Forward and backward FLOPs of one training token.
 
     input: code MLP; matrices: those of the transformer layers; attention: scores and weighted values; head: all noisy
-    copies of the token.
+    copies of the token, or the softmax's output layer.
     """
 
     input: float
@@ -36,19 +36,24 @@ def mean_visible_keys(sequence_length: int, block_size: int) -> float:
     return (sequence_length + block_size) / 2
 
 
-def token_flops(config: ModelConfig, num_bits: int, samples_per_block: int, visible_keys: float) -> TokenFlops:
-    """FLOPs of a token of a model.
+def token_flops(config: ModelConfig, vocab_size: int, samples_per_block: int, visible_keys: float) -> TokenFlops:
+    """FLOPs of a token of a model for `vocab_size` ids.
 
     A weight costs 2 forward, and 2 each for its own gradient and its input's; the first layer of a chain has no input
     gradient. Attention costs 12 c H_d L with c mean visible keys.
     """
-    b = config.resolve_backbone()
+    b, num_bits = config.resolve_backbone(), (vocab_size - 1).bit_length()
     inner = config.input_hidden_size or 4 * b.hidden_size
+    lift = 4.0 * num_bits * inner + 6.0 * inner * b.hidden_size
+    if config.output == "softmax":
+        lift, head = 0.0, 6.0 * vocab_size * b.hidden_size  # the rows that pad the table are not needed
+    else:
+        lift, head = 0.0 if config.input == "embedding" else lift, head_flops(config, num_bits, samples_per_block)
     return TokenFlops(
-        input=0.0 if config.input == "embedding" else 4.0 * num_bits * inner + 6.0 * inner * b.hidden_size,
+        input=lift,
         matrices=6.0 * b.num_matrix_parameters,
         attention=12.0 * visible_keys * b.head_dim * b.num_attention_heads * b.num_layers,
-        head=head_flops(config, num_bits, samples_per_block),
+        head=head,
     )
 
 

@@ -5,6 +5,7 @@ The counts follow the code (they are compared with the storages that autograd re
                copy; rotated query and key, value, attention output (once more where the batch is transposed); the
                SwiGLU's inner tensors; fp32 scales of the norms and the attention's log-sum-exp.
     head       a copy's layer keeps 20 widths, the modulations 6 a group, y and the last norm 6 more.
+    softmax    the input of its output layer, and all probabilities in fp32, which backward turns into gradients.
 Shape legend: D hidden, F inner width, A query channels, P key/value channels, W head width, K bits, M slots.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from megatron_bitlm.method.head import TIME_FEATURES, attention_head_dim
 from megatron_bitlm.training.config import RunConfig
 
-_FP32_BYTES = 4
+_FP32_BYTES, _INT64_BYTES = 4, 8
 _HEAD_LAYER_WIDTHS = 20
 
 
@@ -41,16 +42,23 @@ class ActivationBytes:
     head_gradients: float
 
 
-def activation_bytes(config: RunConfig, num_bits: int, *, fused: bool) -> ActivationBytes:
-    """Bytes kept of one micro-batch; `fused` tells Transformer Engine's layers from the plain torch ones."""
+def activation_bytes(config: RunConfig, vocab_size: int, *, fused: bool) -> ActivationBytes:
+    """Bytes kept of one micro-batch of a model for `vocab_size` ids.
+
+    `fused` tells Transformer Engine's layers from the plain torch ones.
+    """
     parallel, backbone = config.parallel, config.model.resolve_backbone()
     element = 2 if config.training.precision == "bf16" else 4
     tokens = config.training.micro_batch_size * config.data.sequence_length / parallel.context_parallel_size
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    inner = config.model.input_hidden_size or 4 * backbone.hidden_size
-    lift = 8.0 if config.model.input == "embedding" else (num_bits + 2.0 * inner) * element
+    inner, num_bits = config.model.input_hidden_size or 4 * backbone.hidden_size, (vocab_size - 1).bit_length()
+    is_table = config.model.output == "softmax" or config.model.input == "embedding"
+    lift = float(_INT64_BYTES) if is_table else (num_bits + 2.0 * inner) * element
     layer, whole = _layer(config, element, fused)
-    head, head_layer, head_gradients = _head(config, num_bits, element)
+    if config.model.output == "softmax":
+        head, head_layer, head_gradients = _softmax(config, vocab_size, element, shards)
+    else:
+        head, head_layer, head_gradients = (part / shards for part in _head(config, num_bits, element))
     return ActivationBytes(
         input=tokens * lift,
         layer=tokens * layer,
@@ -58,9 +66,9 @@ def activation_bytes(config: RunConfig, num_bits: int, *, fused: bool) -> Activa
         layer_gradients=tokens * _layer_gradients(config, element),
         chunk=tokens * backbone.head_dim * element,
         boundary=tokens * backbone.hidden_size * element / shards,
-        head=tokens / shards * head,
-        head_layer=tokens / shards * head_layer,
-        head_gradients=tokens / shards * head_gradients,
+        head=tokens * head,
+        head_layer=tokens * head_layer,
+        head_gradients=tokens * head_gradients,
     )
 
 
@@ -122,3 +130,17 @@ def _head(config: RunConfig, num_bits: int, element: int) -> tuple[float, float,
     copy = head.num_layers * kept_layer + modulations + ends + time + bits
     final_norm = hidden * element + _FP32_BYTES
     return copies * copy + hidden * element + final_norm, copies * layer, copies * gradients * width * element
+
+
+def _softmax(config: RunConfig, vocab_size: int, element: int, shards: int) -> tuple[float, float, float]:
+    """Bytes a token of final norm, output layer and cross-entropy: kept, none, and the gradient of bf16 logits.
+
+    Target mask and place are 9 bytes, whether the token is counted 1. Logits in fp32 are turned into probabilities, and
+    these into the gradient, in place.
+    """
+    parallel, hidden = config.parallel, config.model.resolve_backbone().hidden_size
+    rows = config.model.softmax.padded_vocab_size(vocab_size, parallel.tensor_model_parallel_size)
+    rows //= parallel.tensor_model_parallel_size
+    states = (2 * hidden * element + _FP32_BYTES) / shards  # in and out of the final norm
+    kept = states + rows * _FP32_BYTES + 1 + _INT64_BYTES + 1
+    return kept, 0.0, float(rows * element if element < _FP32_BYTES else 0)

@@ -104,7 +104,7 @@ def estimate_step(
     assumptions: Assumptions,
     *,
     num_gpus: int,
-    num_bits: int,
+    vocab_size: int,
     memory: list[RankMemory],
     activations: ActivationBytes,
 ) -> StepEstimate:
@@ -119,7 +119,7 @@ def estimate_step(
         tokens=config.training.micro_batch_size * config.data.sequence_length / parallel.context_parallel_size,
         num_micro_batches=config.num_micro_batches(parallel.data_parallel_size(num_gpus)),
     )
-    flops = run_flops(config, num_bits)
+    flops = run_flops(config, vocab_size)
     ranks = layers_by_rank(parallel, config.model.resolve_backbone().num_layers)
     volumes = [_layer_volumes(place, sum(layers)) for layers in ranks]
     compute = [_compute_seconds(place, flops, memory, activations, ranks, rank) for rank in range(len(ranks))]
@@ -203,11 +203,12 @@ def _compute_seconds(
         spent += flops.input  # every tensor-parallel rank lifts the codes itself
         moved += activations.input * _ACTIVATION_PASSES
     if last:
-        again = config.model.head.activation_checkpointing
-        head = flops.head * (1 + again / 3)
-        # Without sequence parallelism every tensor-parallel rank runs the whole head.
-        head /= split if parallel.sequence_parallel else 1
-        low, spent = (low + head, spent) if fp8.enabled and fp8.head else (low, spent + head)
+        again = config.model.recomputes_head
+        # Without sequence parallelism every tensor-parallel rank runs the whole head; a softmax they always share.
+        is_shared = parallel.sequence_parallel or config.model.output == "softmax"
+        head = flops.head * (1 + again / 3) / (split if is_shared else 1)
+        in_fp8 = fp8.enabled and fp8.head and config.model.output == "diffusion"
+        low, spent = (low + head, spent) if in_fp8 else (low, spent + head)
         layers = config.model.head.num_layers * activations.head_layer if again else 0.0
         moved += (activations.head + layers * 1.5) * _ACTIVATION_PASSES
     parameters = memory[rank].weights / place.element

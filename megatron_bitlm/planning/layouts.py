@@ -91,7 +91,7 @@ class Planner:
             raise BitLMError(f"--gpus must be at least 1, got {self.num_gpus}")
         self.assumptions.validate()
         replace(self.config, parallel=ParallelConfig()).validate()
-        self.flops: TokenFlops = run_flops(self.config, self.num_bits)
+        self.flops: TokenFlops = run_flops(self.config, self.vocab_size)
 
     @property
     def fused(self) -> bool:
@@ -132,13 +132,14 @@ class Planner:
         """
         self.check(config)
         parallel = config.parallel
-        activations = activation_bytes(config, self.num_bits, fused=self.fused)
+        activations = activation_bytes(config, self.vocab_size, fused=self.fused)
         memory = memory_by_rank(config, self.sizes(parallel.tensor_model_parallel_size), activations, self.num_gpus)
         num_layers = config.model.resolve_backbone().num_layers
         layer = (self.flops.matrices + self.flops.attention) / num_layers
         split = parallel.tensor_model_parallel_size
-        # The input is lifted on every tensor-parallel rank; the head is split with sequence parallelism only.
-        head = self.head_layers * (1 if parallel.sequence_parallel else split)
+        # The input is lifted on every tensor-parallel rank; the diffusion head is split with sequence parallelism only.
+        is_shared = parallel.sequence_parallel or config.model.output == "softmax"
+        head = self.head_layers * (1 if is_shared else split)
         return Plan(
             config=config,
             memory=memory,
@@ -148,7 +149,7 @@ class Planner:
                 self.gpu,
                 self.assumptions,
                 num_gpus=self.num_gpus,
-                num_bits=self.num_bits,
+                vocab_size=self.vocab_size,
                 memory=memory,
                 activations=activations,
             ),
@@ -293,7 +294,7 @@ def _recomputing(config: RunConfig, layers: str, head: bool) -> RunConfig:
     parallel = replace(config.parallel, recompute=layers)
     if layers == "selective":
         parallel = replace(parallel, recompute_modules=("mlp",))
-    if head and not config.model.head.activation_checkpointing:
+    if head and config.model.output == "diffusion" and not config.model.head.activation_checkpointing:
         lean = replace(config.model.head, activation_checkpointing=True)
         config = replace(config, model=replace(config.model, head=lean))
     return replace(config, parallel=parallel)

@@ -158,6 +158,6 @@ def _workspace(config: RunConfig, activations: ActivationBytes, num_layers: int,
     if not last:
         return backbone
     head = activations.head_gradients
-    if config.model.head.activation_checkpointing:
+    if config.model.recomputes_head:
         head += activations.head_layer
     return max(head, backbone - activations.head)

@@ -19,7 +19,8 @@ from megatron_bitlm.model.presets import BackboneConfig
 class ParameterSizes:
     """Elements of every parameter that one tensor-parallel rank holds, by part.
 
-    layer: of one transformer layer; norm: the final norm; input, head: replicated over tensor-parallel ranks.
+    layer: of one transformer layer; norm: the final norm; input, head: a BitLM's are replicated over tensor-parallel
+    ranks, a softmax's tables shared; tied_copy: the last stage's copy of a tied table, where that is not the first.
     """
 
     num_layers: int
@@ -27,11 +28,12 @@ class ParameterSizes:
     layer: tuple[int, ...]
     norm: tuple[int, ...]
     head: tuple[int, ...]
+    tied_copy: tuple[int, ...] = ()
 
     def of_chunk(self, num_layers: int, *, first: bool, last: bool) -> list[int]:
         """The parameters of a pipeline chunk of `num_layers` layers, in the model's order."""
         sizes = [*(self.input if first else ()), *(self.layer * num_layers)]
-        return sizes + ([*self.norm, *self.head] if last else [])
+        return sizes + ([*self.norm, *self.head, *(() if first else self.tied_copy)] if last else [])
 
     def counts(self) -> dict[str, int]:
         """Parameters of `backbone` (with its final norm), `input` and `head`."""
@@ -42,6 +44,17 @@ class ParameterSizes:
 def parameter_sizes(config: ModelConfig, vocab_size: int, tensor_parallel_size: int = 1) -> ParameterSizes:
     """The parameters of a model for a vocabulary of `vocab_size` ids."""
     backbone = config.resolve_backbone()
+    if config.output == "softmax":
+        rows = config.softmax.padded_vocab_size(vocab_size, tensor_parallel_size) // tensor_parallel_size
+        table, tied = (rows * backbone.hidden_size,), config.softmax.tie_embeddings
+        return ParameterSizes(
+            num_layers=backbone.num_layers,
+            input=table,
+            layer=_layer(backbone, tensor_parallel_size),
+            norm=(backbone.hidden_size,),
+            head=() if tied else table,
+            tied_copy=table if tied else (),
+        )
     code = BinaryCode(vocab_size)
     with torch.device("meta"):
         lift = build_input(config, code, backbone.hidden_size, torch.float32)

@@ -76,7 +76,7 @@ def _table_section(planner: Planner, plans: list[Plan]) -> str:
 def _row(planner: Planner, number: int, plan: Plan) -> tuple[str, ...]:
     parallel, estimate = plan.config.parallel, plan.estimate
     again = parallel.recompute if parallel.recompute != "selective" else "+".join(parallel.recompute_modules)
-    if plan.config.model.head.activation_checkpointing:
+    if plan.config.model.recomputes_head:
         again = "head" if again == "none" else f"{again}+head"
     return (
         str(number),

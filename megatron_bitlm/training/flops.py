@@ -9,10 +9,10 @@ from megatron_bitlm.parallel.hardware import gpu_of_device
 from megatron_bitlm.training.config import RunConfig
 
 
-def run_flops(config: RunConfig, num_bits: int) -> TokenFlops:
+def run_flops(config: RunConfig, vocab_size: int) -> TokenFlops:
     """Model FLOPs of a token of a run whose samples are each one document."""
-    visible = mean_visible_keys(config.data.sequence_length, config.model.block_size)
-    return token_flops(config.model, num_bits, config.objective.samples_per_block, visible)
+    visible = mean_visible_keys(config.data.sequence_length, config.model.attention_block_size)
+    return token_flops(config.model, vocab_size, config.objective.samples_per_block, visible)
 
 
 def device_peak(config: RunConfig, device: torch.device) -> float | None:

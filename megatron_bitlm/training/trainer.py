@@ -117,7 +117,7 @@ class Loop:
     def __init__(self, session: Session, folder: RunFolder, callbacks: list[Callback], stop: StopRequest) -> None:
         self.session, self.folder, self.callbacks, self.stop = session, folder, callbacks, stop
         config, facts = session.config, session.facts
-        flops = run_flops(config, facts.card.num_bits).total
+        flops = run_flops(config, facts.card.vocab_size).total
         peak = device_peak(config, session.state.device)
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.flops_share = flops * self.tokens_per_step / (peak * session.state.world_size) if peak else None

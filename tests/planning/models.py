@@ -14,13 +14,13 @@ from megatron_bitlm.data.packing import DataConfig
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import HeadConfig
 from megatron_bitlm.method.objective import DenoisingObjective, ObjectiveConfig
-from megatron_bitlm.model.build import BackboneOverrides, ModelConfig, build_chunks, unwrap
-from megatron_bitlm.model.layout import SequenceLayout
+from megatron_bitlm.model.build import BackboneOverrides, ModelConfig, batch_layout, build_chunks, unwrap
+from megatron_bitlm.model.softmax import SoftmaxConfig
 from megatron_bitlm.parallel.config import ParallelConfig
 from megatron_bitlm.parallel.state import ParallelState, initialize_parallel, shutdown_parallel
 from megatron_bitlm.training.config import RunConfig, TrainingConfig
 
-VOCAB_SIZE, NUM_BITS = 500, 9
+VOCAB_SIZE = 500
 SEQUENCE_LENGTH = 128
 
 
@@ -52,6 +52,11 @@ def small_run(*, micro_batch_size: int = 2, precision: str = "fp32", copies: int
 def with_head(config: RunConfig, **settings) -> RunConfig:
     """The run with other settings of its head."""
     return replace(config, model=replace(config.model, head=replace(config.model.head, **settings)))
+
+
+def as_softmax(config: RunConfig, **tables) -> RunConfig:
+    """The softmax baseline of the run."""
+    return replace(config, model=replace(config.model, output="softmax", softmax=SoftmaxConfig(**tables)))
 
 
 @contextmanager
@@ -86,10 +91,17 @@ def loss_function(config: RunConfig, model: torch.nn.Module) -> Callable[[], Ten
     ids = torch.randint(0, VOCAB_SIZE, (rows, length // block_size + 1, block_size), generator=generator)
     inputs = {
         "packed": code.pack(ids),
-        "layout": SequenceLayout.from_batch(None, rows, length, block_size),
+        "layout": batch_layout(config.model, None, batch_size=rows, sequence_length=length, device="cpu"),
         "sample_index": torch.arange(rows),
-        "objective": DenoisingObjective(config.objective, code, 0),
     }
+    if config.model.output == "softmax":
+
+        def cross_entropy() -> Tensor:
+            scored = model(**inputs)
+            return (scored.nats * scored.counted).sum()
+
+        return cross_entropy
+    inputs["objective"] = DenoisingObjective(config.objective, code, 0)
     return lambda: model(**inputs).scores.objective.sum()
 
 
@@ -97,7 +109,7 @@ def part_of(name: str) -> str:
     """The planner's word for where a parameter belongs."""
     if "input_module" in name:
         return "input"
-    return "head" if ".head." in f".{name}" else "backbone"
+    return "head" if ".head." in f".{name}" or ".output_layer." in f".{name}" else "backbone"
 
 
 def counts_by_part(model: torch.nn.Module) -> dict[str, int]:

@@ -15,8 +15,8 @@ from megatron_bitlm.planning.memory import RankMemory, in_flight, memory_by_rank
 from megatron_bitlm.planning.parameters import parameter_sizes
 from megatron_bitlm.training.optimizer import build_optimizer
 from tests.planning.models import (
-    NUM_BITS,
     VOCAB_SIZE,
+    as_softmax,
     build,
     kept_bytes,
     loss_function,
@@ -39,13 +39,15 @@ RUNS = {
     "head": with_head(small_run(), activation_checkpointing=True),
     "mix": with_head(small_run(), conditioning="mix", slot_embedding=True),
     "embedding": replace(small_run(), model=replace(small_run().model, input="embedding")),
+    "softmax": as_softmax(small_run()),
+    "softmax, bf16, tied": as_softmax(small_run(precision="bf16"), tie_embeddings=True),
     "bce": replace(small_run(), objective=replace(small_run().objective, loss="bce")),
 }
 
 
 def planned(config) -> RankMemory:
     sizes = parameter_sizes(config.model, VOCAB_SIZE)
-    (memory,) = memory_by_rank(config, sizes, activation_bytes(config, NUM_BITS, fused=False), 1)
+    (memory,) = memory_by_rank(config, sizes, activation_bytes(config, VOCAB_SIZE, fused=False), 1)
     return memory
 
 
@@ -94,7 +96,7 @@ def test_kept_activations_are_those_of_autograd(config):
     assert memory.activations + memory.head_activations == pytest.approx(kept_bytes(config), rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["fp32", "full", "mlp", "head", "copies"])
+@pytest.mark.parametrize("name", ["fp32", "full", "mlp", "head", "copies", "softmax", "softmax, bf16, tied"])
 def test_peak_of_a_step_is_within_a_tenth(name):
     config = RUNS[name]
     memory = planned(config)

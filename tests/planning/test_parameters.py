@@ -11,7 +11,7 @@ from megatron_bitlm.model.backbone import block_spec, transformer_config
 from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.build import ModelConfig, build_input
 from megatron_bitlm.planning.parameters import parameter_sizes
-from tests.planning.models import VOCAB_SIZE, build, counts_by_part, small_run, started, with_head
+from tests.planning.models import VOCAB_SIZE, as_softmax, build, counts_by_part, small_run, started, with_head
 
 QWEN3_VOCAB_SIZE = 151_669
 
@@ -26,6 +26,20 @@ def test_a_small_model_has_the_parameters_counted(changes):
     config = replace(config, model=replace(config.model, **changes))
     with started(config) as state:
         assert parameter_sizes(config.model, VOCAB_SIZE).counts() == counts_by_part(build(config, state))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_softmax_model_has_the_parameters_counted(tie):
+    config = as_softmax(small_run(), tie_embeddings=tie)
+    with started(config) as state:
+        sizes = parameter_sizes(config.model, VOCAB_SIZE)
+        assert sizes.counts() == counts_by_part(build(config, state))
+    half = parameter_sizes(config.model, VOCAB_SIZE, 2)
+    table = 512 // 2 * 96
+    assert half.of_chunk(1, first=True, last=False)[0] == table
+    # The last stage has its own table, or a copy of the first stage's.
+    assert half.of_chunk(1, first=False, last=True)[-1] == table
+    assert half.of_chunk(0, first=True, last=True).count(table) == (1 if tie else 2)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "0.6B", "1.7B", "4B", "8B"])
