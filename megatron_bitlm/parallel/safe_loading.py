@@ -1,12 +1,13 @@
 """Reading megatron-core's checkpoints without running code that somebody put into them.
 
-Three things in a `torch_dist` folder are pickles, and a pickle may name any function to call when it is read:
+Two things in a `torch_dist` folder are pickles, and a pickle may name any function to call when it is read:
 
 - `.metadata`, where each tensor lies: torch reads it with plain `pickle`. Here an unpickler reads it that knows only
   the few classes such a file consists of.
 - `common.pt`, what is not sharded, and objects inside the `.distcp` files: here always `torch.load(weights_only=True)`,
   whatever the environment says.
-- Transformer Engine's `_extra_state` tensors, which it unpickles itself: refused unless empty, as they are without FP8.
+
+What Transformer Engine would unpickle, its `_extra_state`, our checkpoints do not have, and it is never asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategie
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.msc_utils import MultiStorageClientFeature
-from torch.distributed.checkpoint import Metadata, ReadItem
+from torch.distributed.checkpoint import CheckpointException, Metadata, ReadItem
 from torch.distributed.checkpoint._nested_dict import set_element
 
 from megatron_bitlm.errors import BitLMError
 
-METADATA_FILE, EXTRA_STATE = ".metadata", "_extra_state"
+METADATA_FILE = ".metadata"
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 # What `.metadata` is made of: plain records of torch, and how torch pickles a layout and a size.
 _KNOWN = {
@@ -108,9 +108,16 @@ def load_sharded(state: dict[str, Any], path: str | os.PathLike) -> dict[str, An
     """
     install_safe_loading()
     read_tensor_metadata(path)  # here its error is one sentence; inside of torch it would be a report by rank
-    loaded = dist_checkpointing.load(state, str(path), common_strategy=_SafeCommonLoad())
-    _refuse_extra_state(loaded, Path(path))
-    return loaded
+    try:
+        return dist_checkpointing.load(state, str(path), common_strategy=_SafeCommonLoad())
+    except CheckpointException as error:
+        refused = [failure for failure, _ in error.failures.values() if isinstance(failure, pickle.UnpicklingError)]
+        if not refused:
+            raise
+        raise BitLMError(
+            f"{path} holds an object among its tensors that is more than plain data and nothing of it was run; do not "
+            "use this checkpoint, or get it again from where you trust it"
+        ) from error
 
 
 def install_safe_loading() -> None:
@@ -157,22 +164,3 @@ def _check_places(metadata: Metadata) -> None:
     for place in metadata.storage_data.values():
         if Path(place.relative_path).name != place.relative_path:
             raise pickle.UnpicklingError(f"points to {place.relative_path}, outside of the folder")
-
-
-def _refuse_extra_state(loaded: Any, path: Path) -> None:
-    items = loaded.items() if isinstance(loaded, Mapping) else enumerate(loaded) if isinstance(loaded, list) else ()
-    for name, value in items:
-        if str(name).endswith(EXTRA_STATE):
-            if not _is_empty(value):
-                raise BitLMError(
-                    f"{path} holds {name}, state of Transformer Engine that only running a pickle could restore; save "
-                    "it without FP8 recipes that keep such state"
-                )
-        else:
-            _refuse_extra_state(value, path)
-
-
-def _is_empty(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 0
-    return value is None or (isinstance(value, io.BytesIO) and value.getbuffer().nbytes == 0)

@@ -135,6 +135,7 @@ class CheckpointManager:
             BitLMError: It cannot be written, and so could not those before it (`failed_saves_allowed`).
         """
         self._complete_pending(blocking=True)
+        self._raise_after_too_many()
         final = self.folder / step_folder(step)
         aside = self.folder / f".{final.name}.tmp"
         exists, error = told_by_rank_0(self._prepare(final, aside) if dist.get_rank() == 0 else None)

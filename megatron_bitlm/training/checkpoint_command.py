@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.model.checkpoint import complete_checkpoints, find_checkpoint, read_meta
+from megatron_bitlm.parallel.safe_loading import read_common_state, read_tensor_metadata
 from megatron_bitlm.training.checkpoint import describe_damage
 
 
@@ -55,12 +56,22 @@ def _list(path: Path) -> None:
         print(f"{meta['step']:>10} {size / 1e9:>10.3f} {len(meta['files']):>6}  {step}")
 
 
+def _describe_danger(step: Path) -> str | None:
+    """Why a checkpoint whose checksums match would still not be loaded."""
+    try:
+        read_tensor_metadata(step)
+        read_common_state(step)
+    except BitLMError as error:
+        return str(error)
+    return None
+
+
 def _verify(path: Path) -> None:
     damaged = []
     for step in _steps(path):
-        damage = describe_damage(step)
+        damage = describe_damage(step) or _describe_danger(step)
         print(f"{step}: {damage or 'whole, every checksum matches'}")
         if damage:
             damaged.append(step.name)
     if damaged:
-        raise BitLMError(f"damaged: {', '.join(damaged)}")
+        raise BitLMError(f"not to be used: {', '.join(damaged)}")

@@ -135,7 +135,7 @@ def test_the_command_lists_verifies_and_shows(copied, capsys):
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     assert main(["checkpoint", "verify", run]) == 2
     printed = capsys.readouterr()
-    assert f"{part} does not match its checksum" in printed.out and "damaged: step_00000012" in printed.err
+    assert f"{part} does not match its checksum" in printed.out and "not to be used: step_00000012" in printed.err
     assert main(["checkpoint", "list", str(copied / "nothing")]) == 2
 
 
