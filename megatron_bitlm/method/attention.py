@@ -1,9 +1,9 @@
 """Block-causal attention (BitLM, arXiv 2605.11577, eq. 16).
 
 Token i sees token j of its own document if and only if floor(j/m) <= floor(i/m), m being the block size; with
-m = 1 this is causal attention. Three backends compute the same function: ``dense`` (a mask, any device and
-dtype), ``flash`` (causal flash attention plus the later keys of each block, merged exactly) and ``flex``
-(FlexAttention).
+m = 1 this is causal attention. Every backend computes the same function: ``dense`` (a mask, any device and
+dtype), the flash backends (causal flash attention plus the later keys of each block, merged exactly; they differ in
+whose causal kernel they take, see attention_flash.py) and ``flex`` (FlexAttention).
 
 Legend: B batch, S sequence, T cached keys, M slots of a block, H query heads, Hk key heads, d head dim.
 """
@@ -16,11 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bitlm.method.attention_flash import flash_block_causal_attention, flash_obstacle
+from megatron_bitlm.method.attention_flash import (
+    FLASH_BACKENDS,
+    flash_block_causal_attention,
+    flash_obstacle,
+    flash_variant,
+)
 from megatron_bitlm.method.attention_flex import flex_block_causal_attention
 from megatron_bitlm.method.attention_layout import BlockCausalLayout
 
-BACKENDS = ("auto", "dense", "flash", "flex")
+BACKENDS = ("auto", "dense", *FLASH_BACKENDS, "flex")
+_BACKENDS_IN_WORDS = {
+    "dense": "dense attention (a mask over all keys)",
+    "flash": "flash attention (PyTorch's causal kernel",
+    "flash_eager": "flash attention (PyTorch's causal kernel",
+    "flash_attn2": "flash attention (flash-attn 2's causal kernel",
+    "flash_attn3": "flash attention (FlashAttention 3's causal kernel",
+    "transformer_engine": "flash attention (Transformer Engine's causal kernel",
+    "flex": "FlexAttention",
+}
 
 
 def block_causal_attention(
@@ -43,7 +57,7 @@ def block_causal_attention(
         cu_seqlens: document offsets into the B*S flattened tokens, 0 ... B*S, every row's start among them;
             None makes each row one document. A ``BlockCausalLayout`` built once per batch saves every layer
             the checks, the device-to-host copy and, for dense and flex, the mask.
-        backend: ``auto`` (see ``choose_backend``), ``dense``, ``flash`` or ``flex``.
+        backend: one of ``BACKENDS``; ``auto`` is the one ``choose_backend`` names.
         scale: factor of the scores; None is 1/sqrt(d).
 
     Returns:
@@ -58,28 +72,67 @@ def block_causal_attention(
         raise ValueError(f"q has {q.shape[1]} tokens a row and k and v have {k.shape[1]}")
     layout = _layout_of(q, block_size, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "auto":
-        backend = choose_backend(q.device, q.dtype, q.shape[-1])
-    if backend == "flash":
-        obstacle = flash_obstacle(q.device, q.dtype, q.shape[-1])
-        if obstacle is not None:
-            raise ValueError(f"the flash attention backend cannot run: {obstacle}; use backend='dense'")
-        return flash_block_causal_attention(q, k, v, layout, scale)
+    backend = usable_backend(backend, q, layout)
+    if backend in FLASH_BACKENDS:
+        return flash_block_causal_attention(q, k, v, layout, scale, flash_variant(backend, q.device))
     if backend == "flex":
         return flex_block_causal_attention(q, k, v, layout, scale)
-    if backend == "dense":
-        mask = layout.keep("dense_mask", q.device, lambda: block_causal_mask(layout, q.device))
-        return masked_attention(q, k, v, mask, scale)
-    raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    mask = layout.keep("dense_mask", q.device, lambda: block_causal_mask(layout, q.device))
+    return masked_attention(q, k, v, mask, scale)
+
+
+def usable_backend(backend: str, q: Tensor, layout: BlockCausalLayout) -> str:
+    """``backend``, or what ``auto`` means for queries like q; looked up once a layout.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run on such tensors.
+    """
+
+    def choose() -> str:
+        if backend == "auto":
+            return choose_backend(q.device, q.dtype, q.shape[-1])
+        obstacle = backend_obstacle(backend, q.device, q.dtype, q.shape[-1])
+        if obstacle is not None:
+            raise ValueError(f"the attention backend {backend} cannot run: {obstacle}; use auto or dense")
+        return backend
+
+    return layout.keep(f"backend {backend}, {q.dtype}, {q.shape[-1]}", q.device, choose)
+
+
+def backend_obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a backend cannot run on such tensors, as a clause; None when it can.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    return flash_obstacle(device, dtype, head_dim, backend) if backend in FLASH_BACKENDS else None
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What ``auto`` means: ``flash`` wherever its kernels run, else ``dense``.
+    """What ``auto`` means: the fastest flash backend that runs here, else ``dense``.
 
-    ``flash_obstacle`` of the same arguments says in words why it is not flash. ``dense`` takes memory
-    quadratic in the sequence length.
+    On Hopper and later that is FlashAttention 3, then cuDNN's kernel through Transformer Engine, which outrun
+    FlashAttention 2 there; everywhere else PyTorch's own kernel, which is FlashAttention 2, as the package is.
+    ``flash_obstacle`` of the same arguments says in words why it is not flash. ``dense`` takes memory quadratic in the
+    sequence length.
     """
-    return "flash" if flash_obstacle(device, dtype, head_dim) is None else "dense"
+    if flash_obstacle(device, dtype, head_dim) is not None:
+        return "dense"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        for backend in ("flash_attn3", "transformer_engine"):
+            if flash_obstacle(device, dtype, head_dim, backend) is None:
+                return backend
+    return "flash"
+
+
+def describe_backend(backend: str, device: torch.device) -> str:
+    """A backend (not ``auto``) in words: whose kernel, and how the later keys of a block are added."""
+    words = _BACKENDS_IN_WORDS[backend]
+    if backend not in FLASH_BACKENDS:
+        return words
+    return f"{words}, in-block part {'in Triton' if flash_variant(backend, device).fused else 'composed'})"
 
 
 def block_causal_mask(layout: BlockCausalLayout, device: torch.device) -> Tensor:

@@ -10,8 +10,9 @@ The gradient of either part needs nothing but the merged out and lse: P = exp(s 
 dS = P (dout V^T - D). So the stock causal backward is handed the merged pair (with either of the two unmerged
 the gradients are wrong) and the later pairs of each block are added to what it returns.
 
-Inside a block the products of all query heads with all key heads are formed in one small matrix product per
-block, [m*H, d] x [d, m*Hk], of which the matching heads are a diagonal view: no transposed copies, and with
+On CUDA the in-block part is one Triton kernel each way (attention_triton.py). Elsewhere, and by name there too, it is
+composed of PyTorch's operators: the products of all query heads with all key heads of a block are formed in one small
+matrix product, [m*H, d] x [d, m*Hk], of which the matching heads are a diagonal view: no transposed copies, and with
 few key heads the superfluous products cost less than the copies would. With many, on CPU, each key head and
 its query heads first become a row of the batch of their own.
 
@@ -21,23 +22,47 @@ G query heads per key head (H = P*G), D head dim.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_bitlm.method.attention_layout import BlockCausalLayout, DocumentGroup
+from megatron_bitlm.method.attention_causal import ATEN_KERNEL, CPU_KERNEL, CausalKernel, heads_of
+from megatron_bitlm.method.attention_layout import BlockCausalLayout
+from megatron_bitlm.method.attention_packages import PACKAGE_KERNELS, package_obstacle
 
-_aten = torch.ops.aten
-_MAX_CUDA_HEAD_DIM = 256
+FLASH_BACKENDS = ("flash", "flash_eager", "flash_attn2", "flash_attn3", "transformer_engine")
+_MAX_CUDA_HEAD_DIM = {"transformer_engine": 128}
 # From this m * Hk on, copying heads apart is cheaper on CPU than the products of heads that do not match.
 _CPU_KEYS_WORTH_SPLITTING = 64
 
 
-def flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the flash path cannot run on such tensors, as a clause; None when it can."""
+@dataclass(frozen=True)
+class FlashVariant:
+    """How a flash backend computes: the causal kernel, and whether the in-block part is the Triton kernel."""
+
+    causal: CausalKernel
+    fused: bool
+
+
+def flash_variant(backend: str, device: torch.device) -> FlashVariant:
+    """What a name of ``FLASH_BACKENDS`` means on a device: ``flash`` is PyTorch's own causal kernel.
+
+    ``flash_eager`` is the same with the in-block part in PyTorch's operators, as always on CPU.
+    """
     if device.type == "cpu":
+        return FlashVariant(CPU_KERNEL, fused=False)
+    return FlashVariant(PACKAGE_KERNELS.get(backend, ATEN_KERNEL), fused=backend != "flash_eager")
+
+
+def flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str = "flash") -> str | None:
+    """Why a flash backend cannot run on such tensors, as a clause; None when it can."""
+    if device.type == "cpu":
+        if backend not in ("flash", "flash_eager"):
+            return f"{backend} runs on CUDA, not on cpu"
         if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return None
         return f"the CPU flash kernel takes floating point, not {dtype}"
@@ -45,25 +70,34 @@ def flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"flash attention runs on CPU and CUDA, not on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"CUDA flash attention takes bfloat16 or float16, not {dtype}"
-    if head_dim % 8 or head_dim > _MAX_CUDA_HEAD_DIM:
-        return f"CUDA flash attention takes head dims that are multiples of 8 up to 256, not {head_dim}"
+    max_head_dim = _MAX_CUDA_HEAD_DIM.get(backend, 256)
+    if head_dim % 8 or head_dim > max_head_dim:
+        return f"CUDA flash attention takes head dims that are multiples of 8 up to {max_head_dim}, not {head_dim}"
+    if backend != "flash_eager" and importlib.util.find_spec("triton") is None:
+        return "its in-block part needs Triton, which is not installed (pip install triton)"
+    if backend in PACKAGE_KERNELS and (obstacle := package_obstacle(backend)) is not None:
+        return obstacle
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"CUDA flash attention needs compute capability 8.0, this device has {major}.{minor}"
+    if backend == "flash_attn3" and major != 9:
+        return f"FlashAttention 3 needs compute capability 9.0 (Hopper), this device has {major}.{minor}"
     return None
 
 
-def flash_block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float) -> Tensor:
+def flash_block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float, variant: FlashVariant
+) -> Tensor:
     """q [B, S, H, D], k/v [B, S, P, D] -> [B, S, H, D]; keeps q, k, v, out and lse, as plain flash does."""
     num_kv_heads = k.shape[2]
-    split = not q.is_cuda and layout.block_size > 1 and num_kv_heads > 1
+    split = not (q.is_cuda or variant.fused) and layout.block_size > 1 and num_kv_heads > 1
     split = split and layout.block_size * num_kv_heads >= _CPU_KEYS_WORTH_SPLITTING
     if split:
         q, k, v = (_split_heads(x, num_kv_heads) for x in (q, k, v))
         layout = layout.repeat_rows(num_kv_heads)
     # Autocast would send the float32 products below back to half precision.
     with torch.autocast(q.device.type, enabled=False):
-        out = _FlashBlockCausal.apply(q.contiguous(), k.contiguous(), v.contiguous(), layout, scale)
+        out = _FlashBlockCausal.apply(q.contiguous(), k.contiguous(), v.contiguous(), layout, scale, variant)
     return _join_heads(out, num_kv_heads) if split else out
 
 
@@ -78,16 +112,16 @@ def _join_heads(x: Tensor, num_kv_heads: int) -> Tensor:
 
 
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float, variant: FlashVariant
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The forward pass alone: out [B, S, H, D], its lse [B, S, H], and what the kernel's backward pass asks for.
 
     Inputs are contiguous. Softmax over further keys may be merged into out and lse before `flash_backward`.
     """
-    causal_forward = _causal_forward_cuda if q.is_cuda else _causal_forward_cpu
-    out, lse, kernel_state = causal_forward(q, k, v, layout, scale)
+    out, lse, kernel_state = variant.causal.forward(q, k, v, layout, scale)
     if layout.block_size > 1:
-        out, lse = _merge_later_keys(out, lse, q, k, v, layout.block_size, scale)
+        merge = _merge_fused if variant.fused else _merge_eagerly
+        out, lse = merge(out, lse, q, k, v, layout.block_size, scale)
     return out, lse, kernel_state
 
 
@@ -101,24 +135,31 @@ def flash_backward(
     kernel_state: Sequence[Tensor],
     layout: BlockCausalLayout,
     scale: float,
+    variant: FlashVariant,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; `out` and `lse` are those of the softmax over ALL keys, merged or not."""
-    if q.is_cuda:
-        grads = _causal_backward_cuda(grad_out, q, k, v, out, lse, kernel_state, layout, scale)
-    else:
-        grads = _causal_backward_cpu(grad_out, q, k, v, out, lse, layout, scale)
+    grads = variant.causal.backward(grad_out, q, k, v, out, lse, kernel_state, layout, scale)
     if layout.block_size > 1:
-        _add_later_key_grads(grads, grad_out, q, k, v, out, lse, layout.block_size, scale)
+        add = _add_grads_fused if variant.fused else _add_grads_eagerly
+        add(grads, grad_out, q, k, v, out, lse, layout.block_size, scale)
     return grads
 
 
 class _FlashBlockCausal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: BlockCausalLayout,
+        scale: float,
+        variant: FlashVariant,
+    ) -> Tensor:
         """The merged output, [B, S, H, D]."""
-        out, lse, kernel_state = flash_forward(q, k, v, layout, scale)
+        out, lse, kernel_state = flash_forward(q, k, v, layout, scale, variant)
         ctx.save_for_backward(q, k, v, out, lse, *kernel_state)
-        ctx.layout, ctx.scale = layout, scale  # type: ignore[attr-defined]
+        ctx.constants = layout, scale, variant  # type: ignore[attr-defined]
         return out
 
     @staticmethod
@@ -126,137 +167,62 @@ class _FlashBlockCausal(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
         q, k, v, out, lse, *kernel_state = ctx.saved_tensors  # type: ignore[attr-defined]
-        layout, scale = ctx.layout, ctx.scale  # type: ignore[attr-defined]
+        constants = ctx.constants  # type: ignore[attr-defined]
         with torch.autocast(q.device.type, enabled=False):
-            grads = flash_backward(grad_out.contiguous(), q, k, v, out, lse, kernel_state, layout, scale)
-        return (*grads, None, None)
+            grads = flash_backward(grad_out.contiguous(), q, k, v, out, lse, kernel_state, *constants)
+        return (*grads, None, None, None)
 
 
-# --------------------------------------------------------------------------------------- causal part
-# Every function here takes and gives contiguous tensors in [B, S, heads, D] and lse in [B, S, H] (natural
-# log of the sum of exponentiated scaled scores).
+# ------------------------------------------------------------------------------- in-block part, one kernel
 
 
-def _causal_forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    if layout.is_uniform:
-        out, lse = _cpu_kernel_forward(q, k, v, layout.groups[0], scale)
-        return out.view(q.shape), lse.view(q.shape[:-1]), ()
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:-1], dtype=_wide(q.dtype))
-    for group in layout.groups:
-        group_out, group_lse = _cpu_kernel_forward(q, k, v, group, scale)
-        _put_by_document(out, group, group_out)
-        _put_by_document(lse, group, group_lse)
-    return out, lse, ()
-
-
-def _causal_backward_cpu(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: BlockCausalLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if layout.is_uniform:
-        found = _cpu_kernel_backward(grad_out, q, k, v, out, lse, layout.groups[0], scale)
-        return found[0].view(q.shape), found[1].view(k.shape), found[2].view(v.shape)
-    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    for group in layout.groups:
-        found = _cpu_kernel_backward(grad_out, q, k, v, out, lse, group, scale)
-        for grad, group_grad in zip(grads, found, strict=True):
-            _put_by_document(grad, group, group_grad)
-    return grads
-
-
-def _cpu_kernel_forward(q: Tensor, k: Tensor, v: Tensor, group: DocumentGroup, scale: float) -> tuple[Tensor, Tensor]:
-    """out [documents, length, H, D] and lse [documents, length, H] of one group of documents."""
-    heads_first = (_by_document(x, group).transpose(1, 2) for x in (q, k, v))
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, True, scale=scale)
-    return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
-
-
-def _cpu_kernel_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    group: DocumentGroup,
-    scale: float,
-) -> list[Tensor]:
-    """Gradients of q, k and v, each [documents, length, heads, D], of one group of documents."""
-    heads_first = (_by_document(x, group).transpose(1, 2) for x in (grad_out, q, k, v, out, lse))
-    grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, True, scale=scale)
-    return [grad.transpose(1, 2).contiguous() for grad in grads]
-
-
-def _by_document(x: Tensor, group: DocumentGroup) -> Tensor:
-    """[B, S, ...] -> [documents of the group, length, ...]; a view where the documents are neighbours."""
-    tokens = x.flatten(0, 1)
-    found = tokens[group.rows] if isinstance(group.rows, slice) else tokens.index_select(0, group.rows)
-    return found.unflatten(0, (group.num_documents, group.length))
-
-
-def _put_by_document(target: Tensor, group: DocumentGroup, values: Tensor) -> None:
-    """Writes [documents, length, ...] to their place in ``target`` [B, S, ...], which must be contiguous."""
-    tokens = target.flatten(0, 1)
-    if isinstance(group.rows, slice):
-        tokens[group.rows] = values.flatten(0, 1)
-    else:
-        tokens.index_copy_(0, group.rows, values.flatten(0, 1))
-
-
-def _causal_forward_cuda(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    offsets, longest = layout.offsets_on(q.device), layout.max_seqlen
-    tokens = (x.flatten(0, 1) for x in (q, k, v))
-    out, lse, *kernel_state, _ = _aten._flash_attention_forward(
-        *tokens, offsets, offsets, longest, longest, 0.0, True, False, scale=scale
-    )
-    # The kernel's lse is [H, T]. Its two generator tensors mean nothing without dropout, but backward asks
-    # for them.
-    return out.view(q.shape), lse.t().contiguous().view(q.shape[:-1]), tuple(kernel_state)
-
-
-def _causal_backward_cuda(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kernel_state: Sequence[Tensor],
-    layout: BlockCausalLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    offsets, longest = layout.offsets_on(q.device), layout.max_seqlen
-    tokens = (x.flatten(0, 1) for x in (grad_out, q, k, v, out))
-    lse_ht = lse.flatten(0, 1).t().contiguous()
-    grad_q, grad_k, grad_v = _aten._flash_attention_backward(
-        *tokens, lse_ht, offsets, offsets, longest, longest, 0.0, True, *kernel_state, scale=scale
-    )
-    return (
-        grad_q.contiguous().view(q.shape),
-        grad_k.contiguous().view(k.shape),
-        grad_v.contiguous().view(v.shape),
-    )
-
-
-# ------------------------------------------------------------------------------------- in-block part
-
-
-def _merge_later_keys(
+def _merge_fused(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Adds the later keys of each block to causal out [B, S, H, D] (in place) and lse [B, S, H]."""
-    num_kv_heads = k.shape[2]
+    from megatron_bitlm.method.attention_triton import merge_later_keys
+
+    lse_ht = heads_of(lse)
+    merge_later_keys(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out.flatten(0, 1), lse_ht, block_size, scale)
+    return out, lse_ht.t().unflatten(0, lse.shape[:2])
+
+
+def _add_grads_fused(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    scale: float,
+) -> None:
+    """Adds the gradients of the later (query, key) pairs to ``grads`` of q, k and v, in place."""
+    from megatron_bitlm.method.attention_triton import add_later_key_grads
+
+    grad_q, grad_k, grad_v = (grad.flatten(0, 1) for grad in grads)
+    add_later_key_grads(
+        (grad_q, grad_k, grad_v),
+        grad_out.flatten(0, 1),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        out.flatten(0, 1),
+        heads_of(lse),
+        block_size,
+        scale,
+    )
+
+
+# ------------------------------------------------------------------------- in-block part, PyTorch's operators
+
+
+def _merge_eagerly(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Adds the later keys of each block to causal out [B, S, H, D] (in place) and lse [B, S, H]."""
+    num_kv_heads, lse = k.shape[2], lse.contiguous()
     q_block, k_block, v_block, out_block = (_by_block(x, block_size) for x in (q, k, v, out))
     scores = _later_scores(q_block, k_block, num_kv_heads, block_size, scale)
     causal_lse = _slot_heads(lse, num_kv_heads, block_size)
@@ -268,7 +234,7 @@ def _merge_later_keys(
     return out, merged
 
 
-def _add_later_key_grads(
+def _add_grads_eagerly(
     grads: tuple[Tensor, Tensor, Tensor],
     grad_out: Tensor,
     q: Tensor,
@@ -283,7 +249,7 @@ def _add_later_key_grads(
 
     ``out`` and ``lse`` are the merged ones.
     """
-    num_kv_heads = k.shape[2]
+    num_kv_heads, lse = k.shape[2], lse.contiguous()
     q_block, k_block, v_block, grad_block = (_by_block(x, block_size) for x in (q, k, v, grad_out))
     scores = _later_scores(q_block, k_block, num_kv_heads, block_size, scale)
     probability = scores.sub_(_slot_heads(lse, num_kv_heads, block_size).unsqueeze(3)).exp_()

@@ -1,6 +1,6 @@
 """Block-causal attention through FlexAttention: one BlockMask per batch, shared by every layer.
 
-Legend: B batch, S sequence, H query heads, Hk key heads, D head dim.
+Legend: B batch, S sequence, H query heads, Hk key heads, D head dim, I and J tiles of queries and of keys.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_bitlm.method.attention_layout import BlockCausalLayout
+
+_TILE_TOKENS = 128
 
 
 def flex_block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockCausalLayout, scale: float) -> Tensor:
@@ -33,7 +35,10 @@ def flex_block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockCa
 
 
 def block_mask(layout: BlockCausalLayout, device: torch.device) -> BlockMask:
-    """The BlockMask of eq. 16 and the documents; built on first use and kept on ``layout``."""
+    """The BlockMask of eq. 16 and the documents; built on first use and kept on ``layout``.
+
+    Which tiles hold a visible pair follows from the documents at the tiles' ends: nothing of size S x S is made.
+    """
 
     def make() -> BlockMask:
         document_bs, block_size = layout.document_ids_on(device), layout.block_size
@@ -41,9 +46,38 @@ def block_mask(layout: BlockCausalLayout, device: torch.device) -> BlockMask:
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key // block_size <= query // block_size) & (document_bs[batch, query] == document_bs[batch, key])
 
-        return create_block_mask(sees, layout.batch_size, None, layout.seq_len, layout.seq_len, device=str(device))
+        some, all_pairs = _visible_tiles(document_bs, block_size)
+        partial_tiles, full_tiles = (_in_order(tiles) for tiles in (some & ~all_pairs, all_pairs))
+        lengths = (layout.seq_len, layout.seq_len)
+        return BlockMask.from_kv_blocks(
+            *partial_tiles, *full_tiles, BLOCK_SIZE=_TILE_TOKENS, mask_mod=sees, seq_lengths=lengths
+        )
 
     return layout.keep("flex_block_mask", device, make)
+
+
+def _visible_tiles(document_bs: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Tiles with some visible pair, and those where every pair is visible: bool [B, I, J]."""
+    seq_len = document_bs.shape[1]
+    starts = torch.arange(0, seq_len, _TILE_TOKENS, device=document_bs.device)
+    ends = (starts + _TILE_TOKENS).clamp(max=seq_len) - 1
+    # Documents are numbered in order, so a tile's first and last tell which ones it holds.
+    first, last = document_bs[:, starts], document_bs[:, ends]
+    earlier = starts[None, :] < starts[:, None]
+    shared = last[:, None, :] >= first[:, :, None]
+    # A block across the border of two tiles lets the first of them see the second.
+    later = starts[None, :] > starts[:, None]
+    straddled = later & ((starts // block_size)[None, :] == (ends // block_size)[:, None])
+    own = straddled | (starts[None, :] == starts[:, None])
+    # As PyTorch has it, a tile with rows past the end of the sequence is not a full one.
+    whole = (starts + _TILE_TOKENS <= seq_len)[:, None]
+    return (earlier & shared) | own, earlier & whole & (first[:, None, :] == last[:, :, None])
+
+
+def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles of keys each tile of queries has, int32 [B, 1, I], and their numbers first, int32 [B, 1, I, J]."""
+    order = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 
 
 def _unfused_flex_attention() -> Callable[..., Tensor]:

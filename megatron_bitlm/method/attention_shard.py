@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_bitlm.method.attention import BACKENDS, check_heads, choose_backend, masked_attention
-from megatron_bitlm.method.attention_flash import flash_backward, flash_forward, flash_obstacle
+from megatron_bitlm.method.attention import check_heads, masked_attention, usable_backend
+from megatron_bitlm.method.attention_flash import FlashVariant, flash_backward, flash_forward, flash_variant
 from megatron_bitlm.method.attention_layout import BlockCausalLayout
 
 _aten = torch.ops.aten
@@ -112,7 +112,8 @@ def shard_block_causal_attention(
         k: keys of the whole rows, in order, [B, S, Hk, d].
         v: values of the whole rows, [B, S, Hk, d].
         shard: documents and the share.
-        backend: ``auto``, ``dense`` or ``flash``.
+        backend: as for ``block_causal_attention``, but not ``flex``. The keys before a chunk always go through
+            PyTorch's own flash kernel.
         scale: factor of the scores; None is 1/sqrt(d).
 
     Returns:
@@ -126,20 +127,16 @@ def shard_block_causal_attention(
     if found != wanted:
         raise ValueError(f"the share is for queries and keys of {wanted}, the call has {found}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "auto":
-        backend = choose_backend(q.device, q.dtype, q.shape[-1])
+    backend = usable_backend(backend, q, shard.own)
     if backend == "dense":
         mask = shard.own.keep("shard_mask", q.device, lambda: shard_mask(shard, q.device))
         return masked_attention(q, k, v, mask, scale)
-    if backend == "flash":
-        obstacle = flash_obstacle(q.device, q.dtype, q.shape[-1])
-        if obstacle is not None:
-            raise ValueError(f"the flash attention backend cannot run: {obstacle}; use backend='dense'")
-        with torch.autocast(q.device.type, enabled=False):
-            return _FlashShard.apply(q.contiguous(), k, v, shard, scale)
-    if backend in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} cannot attend from a share of a row; use auto, dense or flash")
-    raise ValueError(f"unknown attention backend {backend!r}; choose auto, dense or flash")
+    if backend == "flex":
+        raise ValueError(
+            "attention backend 'flex' cannot attend from a share of a row; use auto, dense or a flash backend"
+        )
+    with torch.autocast(q.device.type, enabled=False):
+        return _FlashShard.apply(q.contiguous(), k, v, shard, scale, flash_variant(backend, q.device))
 
 
 def shard_mask(shard: SequenceShard, device: torch.device) -> Tensor:
@@ -162,10 +159,12 @@ def _documents_between(cu_seqlens: Sequence[int], start: int, end: int) -> list[
 
 class _FlashShard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard, scale: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard, scale: float, variant: FlashVariant
+    ) -> Tensor:
         """The merged output, [B, L, H, d]."""
         own_k, own_v = shard.take(k).contiguous(), shard.take(v).contiguous()
-        out, lse, kernel_state = flash_forward(q, own_k, own_v, shard.own, scale)
+        out, lse, kernel_state = flash_forward(q, own_k, own_v, shard.own, scale, variant)
         for piece in shard.earlier:
             queries, keys = (piece.row, piece.queries), (piece.row, piece.keys)
             part, part_lse = _full_forward(q[queries], k[keys], v[keys], scale)
@@ -174,7 +173,7 @@ class _FlashShard(torch.autograd.Function):
             out[queries] = (out[queries] * kept.unsqueeze(-1) + part * added.unsqueeze(-1)).to(out.dtype)
             lse[queries] = merged
         ctx.save_for_backward(q, k, v, out, lse, *kernel_state)
-        ctx.shard, ctx.scale = shard, scale  # type: ignore[attr-defined]
+        ctx.shard, ctx.scale, ctx.variant = shard, scale, variant  # type: ignore[attr-defined]
         return out
 
     @staticmethod
@@ -182,12 +181,12 @@ class _FlashShard(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, and of the keys and values of the whole rows as far as this share saw them."""
         q, k, v, out, lse, *kernel_state = ctx.saved_tensors  # type: ignore[attr-defined]
-        shard, scale = ctx.shard, ctx.scale  # type: ignore[attr-defined]
+        shard, scale, variant = ctx.shard, ctx.scale, ctx.variant  # type: ignore[attr-defined]
         grad_out = grad_out.contiguous()
         grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         with torch.autocast(q.device.type, enabled=False):
             own_k, own_v = shard.take(k).contiguous(), shard.take(v).contiguous()
-            grads = flash_backward(grad_out, q, own_k, own_v, out, lse, kernel_state, shard.own, scale)
+            grads = flash_backward(grad_out, q, own_k, own_v, out, lse, kernel_state, shard.own, scale, variant)
             grad_q = grads[0]
             for whole, own in ((grad_k, grads[1]), (grad_v, grads[2])):
                 for chunk, part in zip(shard.chunks, own.chunk(2, 1), strict=True):
@@ -195,12 +194,12 @@ class _FlashShard(torch.autograd.Function):
             for piece in shard.earlier:
                 queries, keys = (piece.row, piece.queries), (piece.row, piece.keys)
                 part_q, part_k, part_v = _full_backward(
-                    grad_out[queries], q[queries], k[keys], v[keys], out[queries], lse[queries], kernel_state, scale
+                    grad_out[queries], q[queries], k[keys], v[keys], out[queries], lse[queries], scale
                 )
                 grad_q[queries] += part_q
                 grad_k[keys] += part_k
                 grad_v[keys] += part_v
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 # Attention of [tokens, H, d] to all keys [tokens, Hk, d]; lse [tokens, H].
@@ -224,14 +223,15 @@ def _full_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kernel_state: Sequence[Tensor],
     scale: float,
 ) -> list[Tensor]:
     if q.is_cuda:
         batched = (x[None] for x in (grad_out, q, k, v, out))
         lse_bhs = lse.t().contiguous()[None]
+        # The generator's state: asked for, and not read without dropout.
+        state = (q.new_zeros(2, dtype=torch.uint64), q.new_empty(0))
         grads = _aten._flash_attention_backward(
-            *batched, lse_bhs, None, None, q.shape[0], k.shape[0], 0.0, False, *kernel_state, scale=scale
+            *batched, lse_bhs, None, None, q.shape[0], k.shape[0], 0.0, False, *state, scale=scale
         )
         return [grad[0] for grad in grads]
     heads_first = (x.transpose(0, 1)[None] for x in (grad_out, q, k, v, out, lse))

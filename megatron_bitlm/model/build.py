@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.transformer.module import Float16Module
 
 from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.method.attention import choose_backend, flash_obstacle
+from megatron_bitlm.method.attention import backend_obstacle, choose_backend, describe_backend, flash_obstacle
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import HeadConfig, check_head_config
 from megatron_bitlm.model.backbone import Backbone, block_spec, transformer_config
@@ -67,7 +67,10 @@ class ModelConfig:
         softmax: The softmax's tables.
         input: `mlp` on codes (BitLM eq. 7) or `embedding`, a table by id (ablation).
         input_hidden_size: Hidden width of the code MLP; null means 4 D.
-        attention_backend: `auto`, `dense`, `flash` or `flex`.
+        attention_backend: `flash` is causal flash attention by PyTorch's own kernel and a correction inside the blocks;
+            `flash_attn2`, `flash_attn3` and `transformer_engine` take the causal kernel of these packages;
+            `flash_eager` composes the correction of PyTorch's operators on a GPU too; `flex` is FlexAttention and
+            `dense` a mask. `auto` takes the fastest that runs, and says at the start what it took.
         implementation: Layers from `local` torch parts or `transformer_engine`; `auto` takes Transformer Engine on a
             GPU where it is installed, and says at the start what it took.
     """
@@ -80,7 +83,9 @@ class ModelConfig:
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     input: Literal["mlp", "embedding"] = "mlp"
     input_hidden_size: int | None = None
-    attention_backend: Literal["auto", "dense", "flash", "flex"] = "auto"
+    attention_backend: Literal[
+        "auto", "dense", "flash", "flash_eager", "flash_attn2", "flash_attn3", "transformer_engine", "flex"
+    ] = "auto"
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
 
     def resolve_backbone(self) -> BackboneConfig:
@@ -136,6 +141,7 @@ def build_chunks(
     config.validate()
     backbone = config.resolve_backbone()
     implementation = resolve_implementation(config, state.device)
+    _check_attention(config, state.device, precision)
     if fp8 is not None:
         require_fp8(fp8, implementation)
     megatron = transformer_config(backbone, state.config, precision=precision, implementation=implementation, fp8=fp8)
@@ -242,4 +248,13 @@ def describe_choices(
     why = f" ({obstacle})" if obstacle and config.attention_backend == "auto" else ""
     if fp8 is not None and fp8.enabled:
         precision = f"{precision} with FP8 products ({fp8.recipe}, {fp8.format})"
-    return f"on {device}, {precision}: {layers} layers{reason}, {attention} attention{why}"
+    return f"on {device}, {precision}: {layers} layers{reason}, {describe_backend(attention, device)}{why}"
+
+
+def _check_attention(config: ModelConfig, device: torch.device, precision: Precision) -> None:
+    head_dim = config.resolve_backbone().head_dim
+    obstacle = backend_obstacle(config.attention_backend, device, PRECISIONS[precision], head_dim)
+    if obstacle is not None:
+        raise BitLMError(
+            f"model.attention_backend is {config.attention_backend}, which cannot run: {obstacle}; set it to auto"
+        )

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
@@ -267,3 +268,15 @@ def test_sequence_shards_must_be_whole_blocks():
     model.config.sequence_parallel, model.config.tensor_model_parallel_size = True, 16
     with pytest.raises(BitLMError, match="16 tensor-parallel ranks .* of 32 tokens .* a multiple of 64"):
         model(random_codes(), SequenceLayout.from_batch(None, ROWS, LENGTH, 4))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_block_mask_is_built_once_a_batch(monkeypatch):
+    built = []
+    make = BlockMask.from_kv_blocks
+    monkeypatch.setattr(BlockMask, "from_kv_blocks", lambda *a, **k: built.append(make(*a, **k)) or built[-1])
+    model = build(backend="flex")
+    for batch in range(2):
+        with torch.no_grad():
+            model(random_codes(), SequenceLayout.from_batch(DOCUMENTS, ROWS, LENGTH, 4))
+        assert len(built) == batch + 1, f"{SHAPE.num_layers} layers share one BlockMask"
