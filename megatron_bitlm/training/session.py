@@ -173,6 +173,19 @@ class Session:
             for chunk in self.wrapped:
                 chunk.start_param_sync(force_sync=True)
 
+    def close(self) -> None:
+        """Let the model and the process groups it refers to be freed; nothing here may be used after.
+
+        The gradient hooks of megatron-core hold the model, and are held by the graph nodes of its parameters: circles
+        that lead through autograd, where Python's collector cannot see them, and so are opened here.
+        """
+        for chunk in self.wrapped:
+            chunk.grad_accs.clear()
+            for parameter in chunk.parameters():
+                parameter.main_param = None  # the optimizer's shard of it is a view
+        config = self.chunks[0].config
+        config.finalize_model_grads_func = config.grad_scale_func = config.no_sync_func = None
+
     def validate(self) -> LikelihoodReport:
         """The likelihood of the validation samples, or its bound. Collective."""
         self.complete_weights()

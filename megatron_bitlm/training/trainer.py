@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,8 @@ def _pretrain(config: RunConfig, stop: StopRequest) -> Outcome:
         if state.is_main:
             folder.claim(config)
         callbacks = _callbacks(config, folder) if state.is_main else []
-        return Loop(session, folder, callbacks, stop).run()
+        with closing(session):
+            return Loop(session, folder, callbacks, stop).run()
     finally:
         shutdown_parallel()
 
