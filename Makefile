@@ -7,6 +7,8 @@ PIPFLAGS ?=
 CPU_TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Test processes. Each one runs single-threaded, because many tests start several ranks of their own.
 WORKERS  ?= 2
+# COMPARE=1 lets the quickstart train a softmax model beside the BitLM, for the same time.
+COMPARE  ?=
 # Further arguments for `bitlm quickstart` or pytest, for example ARGS="-k codes".
 ARGS     ?=
 
@@ -25,7 +27,7 @@ install: $(VENV)/.installed ## Create .venv and install the package with the ver
 install-dev: $(VENV)/.installed-dev ## The same, with the tools that test and check it
 
 quickstart: $(VENV)/.installed ## Text to trained model, likelihood, generated text and pictures in runs/quickstart
-	$(BIN)/bitlm quickstart $(ARGS)
+	$(BIN)/bitlm quickstart $(if $(COMPARE),--compare) $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

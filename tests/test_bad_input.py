@@ -304,6 +304,10 @@ def test_preprocess_refuses(place, arguments, message):
     place.refuses("preprocess", *arguments, *extra, message=message)
 
 
+def test_quickstart_refuses_a_temperature_before_it_trains(place):
+    place.refuses("quickstart", "--temperature", "-1", "--directory", "q", message="--temperature must be at least 0")
+
+
 def test_quickstart_refuses_a_configuration_that_is_not_there(place):
     place.refuses("quickstart", "--config", "none.yaml", "--directory", "q", message=r"no configuration none\.yaml")
 

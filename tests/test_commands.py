@@ -149,6 +149,23 @@ def test_quickstart_end_to_end_and_again(place, tmp_path, capsys, monkeypatch):
     assert main(["quickstart", *arguments]) == 0
     assert (tmp_path / "quick" / "metrics.jsonl").read_bytes() == kept
     assert json.loads((tmp_path / "quick" / "report.json").read_text())["likelihood"] == likelihood
+    # And beside a softmax model, which gets the same time.
+    capsys.readouterr()
+    assert main(["quickstart", *arguments, "--compare"]) == 0
+    printed = read(capsys)
+    assert re.search(r"^BitLM +<= \d.*\nsoftmax +=", printed, flags=re.MULTILINE)
+    assert "softmax's is exact" in printed and "--model.output softmax" in printed
+    report = json.loads((tmp_path / "quick" / "report.json").read_text())
+    assert report["likelihood"] == likelihood and len(report["softmax"]["continuations"]) == 3
+    ours, other = report["comparison"]["BitLM"], report["comparison"]["softmax"]
+    assert (ours["relation"], other["relation"]) == ("<=", "=")
+    assert ours["num_tokens"] == other["num_tokens"] == likelihood["bound"]["num_tokens"]
+    assert other["nats_per_token"] == report["softmax"]["likelihood"]["exact"]["nats_per_token"]
+    assert other["training_steps"] >= 4 and other["training_tokens"] == other["training_steps"] * 8 * 64
+    assert (tmp_path / "quick" / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    kept = (tmp_path / "quick" / "softmax" / "metrics.jsonl").read_bytes()
+    assert main(["quickstart", *arguments, "--compare"]) == 0
+    assert (tmp_path / "quick" / "softmax" / "metrics.jsonl").read_bytes() == kept
 
 
 def test_a_run_asked_to_stop_says_so_by_its_status(place, monkeypatch, capsys):
