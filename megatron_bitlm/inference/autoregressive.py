@@ -27,10 +27,12 @@ class TokenGenerator:
         cached: Keep keys and values between tokens; False runs the whole prefix again for every token.
 
     Raises:
-        BitLMError: A sampler setting outside its range.
+        BitLMError: A sampler setting outside its range, or a model of another kind.
     """
 
     def __init__(self, model: SoftmaxLM, *, sampler: TokenSamplerConfig | None = None, cached: bool = True) -> None:
+        if not isinstance(model, SoftmaxLM):
+            raise BitLMError("a BitLM (model.output diffusion) has no softmax to draw tokens from; use Generator")
         self.model, self.sampler, self.cached = model, sampler or TokenSamplerConfig(), cached
         try:
             self.sampler.validate()

@@ -38,7 +38,7 @@ class Generator:
         cached: Keep keys and values between blocks; False runs the whole prefix again for every block.
 
     Raises:
-        BitLMError: A sampler setting outside its range.
+        BitLMError: A sampler setting outside its range, or a model of another kind.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class Generator:
         profile: TabulatedTime | None = None,
         cached: bool = True,
     ) -> None:
+        if not isinstance(model, BitLM):
+            raise BitLMError("a softmax model (model.output softmax) has no blocks to denoise; use TokenGenerator")
         self.model, self.code, self.bos_id, self.eos_id, self.cached = model, code, bos_id, eos_id, cached
         try:
             self.sampler = BlockSampler(model.head, sampler or SamplerConfig(), profile)

@@ -13,7 +13,7 @@ vocabulary table.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -244,4 +244,6 @@ def _output_config(config: TransformerConfig) -> TransformerConfig:
     """For the output layer, which is megatron-core's own and fuses gradient accumulation with Apex's kernel only."""
     if not config.gradient_accumulation_fusion or find_spec("fused_weight_gradient_mlp_cuda"):
         return config
-    return dataclasses.replace(config, gradient_accumulation_fusion=False)
+    plain = copy.copy(config)
+    plain.gradient_accumulation_fusion = False
+    return plain

@@ -125,7 +125,8 @@ class RunConfig:
         fp8.validate(self.training.precision, backbone.num_layers, parallel.pipeline_model_parallel_size)
         if not fp8.enabled:
             return
-        if fp8.recipe == "delayed" and fp8.head and head.activation_checkpointing:
+        has_fp8_head = fp8.head and self.model.output == "diffusion"
+        if fp8.recipe == "delayed" and has_fp8_head and head.activation_checkpointing:
             raise BitLMError(
                 "model.head.activation_checkpointing would note the head's values twice in the history of "
                 "training.fp8.recipe delayed; set training.fp8.head to false, or take recipe tensorwise or blockwise"
@@ -141,7 +142,7 @@ class RunConfig:
             "a rank's part of ffn_hidden_size": backbone.ffn_hidden_size // split,
             "a rank's part of queries, keys and values": queries * backbone.head_dim // split,
         }
-        if fp8.head:
+        if has_fp8_head:
             width = head.width or backbone.hidden_size
             sizes |= {"model.head.width": width, "1.5 x model.head.width": 3 * width // 2}
         check_fp8_shapes(sizes)

@@ -95,6 +95,7 @@ def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = Non
         except BitLMError:
             continue  # damaged: the session sets it aside, with a warning, and takes the one before
         check_same_data(meta, facts)
+        check_same_model(meta, config)
         break
     return facts
 
@@ -267,6 +268,16 @@ def check_same_data(meta: dict[str, Any], facts: DataFacts) -> None:
                 f"the checkpoint of step {meta['step']} was trained with {name} {stored.get(name)!r}, but "
                 f"{facts.prefix}.json has {value!r}; use the dataset the run was started with"
             )
+
+
+def check_same_model(meta: dict[str, Any], config: RunConfig) -> None:
+    """Raise BitLMError where a checkpoint holds another kind of model than the run asks for."""
+    stored = meta["settings"].get("model.output", "diffusion")
+    if stored != config.model.output:
+        raise BitLMError(
+            f"the checkpoint of step {meta['step']} holds a model with model.output {stored}, but the run asks for "
+            f"{config.model.output}; set model.output to {stored}, or start in another run.directory"
+        )
 
 
 def _is_due(step: int, interval: int) -> bool:

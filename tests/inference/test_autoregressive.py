@@ -8,8 +8,10 @@ import torch
 from megatron_bitlm.cli import main
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.inference.autoregressive import TokenGenerator
+from megatron_bitlm.inference.generate import Generator
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.token_sampling import TokenSamplerConfig
+from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.build import BackboneOverrides, ModelConfig, build_chunks, unwrap
 from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.parallel.state import ParallelConfig, initialize_parallel, shutdown_parallel
@@ -115,6 +117,13 @@ def test_eos_ends_a_row_and_only_that(model):
 def test_bad_requests(model, prompts, settings, words):
     with pytest.raises(BitLMError, match=words):
         generate(model, prompts, **settings)
+
+
+def test_generators_take_their_own_kind_of_model(model):
+    with pytest.raises(BitLMError, match="model.output softmax.*use TokenGenerator"):
+        Generator(model, model.code, bos_id=BOS, eos_id=EOS)
+    with pytest.raises(BitLMError, match="model.output diffusion.*use Generator"):
+        TokenGenerator(object.__new__(BitLM))
 
 
 @pytest.fixture(scope="module")

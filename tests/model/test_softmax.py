@@ -165,6 +165,21 @@ def test_bf16_stays_close(state):
     )
 
 
+def test_the_fused_cross_entropy_of_the_gpu_is_the_same(state):
+    """megatron-core compiles it; here it runs uncompiled. Its gradient comes in bf16, as bf16 logits want it."""
+    config, model = build(state, precision="bf16", scale=2.0)
+    found = {}
+    for fused in (False, True):
+        model.zero_grad()
+        model.config.cross_entropy_loss_fusion = fused
+        with torch.compiler.set_stance("force_eager"):
+            scored = score(config, model, make_ids())
+            (scored.nats * scored.counted).sum().backward()
+        found[fused] = [scored.nats.detach(), *(parameter.grad.float() for parameter in model.parameters())]
+    for plain, other in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(other, plain, atol=2e-2 * plain.abs().max().item(), rtol=0)
+
+
 def test_settings_that_cannot_be_built():
     with pytest.raises(BitLMError, match="model.output must be diffusion or softmax, got 'gumbel'"):
         ModelConfig(output="gumbel").validate()

@@ -1,6 +1,7 @@
 """Whole runs of the softmax baseline: it learns, its figures are exact, it resumes, and says what it is."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -104,3 +105,23 @@ def test_a_checkpoint_says_which_model_it_is(whole, dataset):
         assert isinstance(loaded.model, SoftmaxLM) and loaded.config.output == "softmax"
     with pytest.raises(BitLMError, match="model.output is 'softmax' there and 'diffusion' here"):
         train(directory, dataset, optimizer__learning_rate=1e-2)
+
+
+def test_a_checkpoint_of_the_other_model_is_refused(whole, dataset, tmp_path):
+    directory, _ = whole
+    other = tmp_path / "run"
+    shutil.copytree(directory, other)
+    settings = {"optimizer__learning_rate": 1e-2, "run__directory": str(other)}
+    # A configuration that was edited after the run: the checkpoint still knows.
+    (other / "config.yaml").write_text(
+        (other / "config.yaml").read_text().replace("output: softmax", "output: diffusion")
+    )
+    with pytest.raises(
+        BitLMError, match="step 12 holds a model with model.output softmax, but the run asks for diffusion"
+    ):
+        train(other, dataset, **settings)
+    # And a checkpoint whose settings were edited does not load as what it is not.
+    meta = other / "checkpoints" / "step_00000012" / "meta.json"
+    meta.write_text(meta.read_text().replace('"model.output": "softmax"', '"model.output": "diffusion"'))
+    with pytest.raises(BitLMError, match="not the model its meta.json tells of"), loaded_model(other):
+        pass
