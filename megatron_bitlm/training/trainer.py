@@ -88,6 +88,8 @@ def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = Non
     config.parallel.validate(world_size, config.model.resolve_backbone())
     config.num_micro_batches(config.parallel.data_parallel_size(world_size))
     facts = read_data_facts(config)
+    if config.model.output == "softmax":
+        config.model.softmax.padded_vocab_size(facts.card.vocab_size, config.parallel.tensor_model_parallel_size)
     folder.check(config)
     for _, path in reversed(complete_checkpoints(folder.checkpoints)):
         try:

@@ -13,7 +13,9 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.evaluation.likelihood import checkpoint_likelihood
 from megatron_bitlm.inference.load import loaded_model
 from megatron_bitlm.model.softmax import SoftmaxLM
-from tests.training_runs import checkpoint_tensors, read_metrics, train
+from megatron_bitlm.training.run_folder import RunFolder
+from megatron_bitlm.training.trainer import check_run
+from tests.training_runs import checkpoint_tensors, read_metrics, run_config, train
 
 SOFTMAX = {"model__output": "softmax"}
 
@@ -125,3 +127,10 @@ def test_a_checkpoint_of_the_other_model_is_refused(whole, dataset, tmp_path):
     meta.write_text(meta.read_text().replace('"model.output": "softmax"', '"model.output": "diffusion"'))
     with pytest.raises(BitLMError, match="not the model its meta.json tells of"), loaded_model(other):
         pass
+
+
+def test_ranks_that_cannot_share_the_vocabulary_are_refused_before_they_start(dataset, tmp_path):
+    overrides = {"model__softmax": {"make_vocab_size_divisible_by": 7}, "parallel__tensor_model_parallel_size": 2}
+    config = run_config(tmp_path / "run", dataset, **SOFTMAX, **overrides)
+    with pytest.raises(BitLMError, match="2 tensor-parallel ranks cannot share a vocabulary of 259 rows"):
+        check_run(config, RunFolder(tmp_path / "run"), world_size=2)
