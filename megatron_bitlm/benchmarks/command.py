@@ -20,6 +20,12 @@ _BENCHMARKS = {
         "bench_attention",
         "block-causal attention against masked and plain causal SDPA, forward and backward",
     ),
+    "preprocess": (
+        "preprocess",
+        "PreprocessBenchmark",
+        "bench_preprocess",
+        "text to dataset against the recipe of Megatron-LM's preprocess_data.py, in one process",
+    ),
 }
 
 
