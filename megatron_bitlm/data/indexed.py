@@ -5,15 +5,52 @@ Legend: N blocks, D documents.
 
 from __future__ import annotations
 
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_bitlm.data.card import Card, read_card, read_document_lengths
+from megatron_bitlm.data.card import Card, dataset_path, read_card, read_document_lengths
 from megatron_bitlm.data.framing import block_num_bytes, realign_blocks
 from megatron_bitlm.errors import BitLMError
+
+
+class PositionalReader:
+    """Reads parts of a file at given offsets, in place of Megatron's memory map.
+
+    The pages of a map count as this process's memory, which would grow to the size of the dataset; and a page fault
+    reads ahead around itself, which samples in random order do not use.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, dtype: type[np.number], count: int, offset: int) -> np.ndarray:
+        """``count`` items from byte ``offset`` on: [count], read-only. Processes may share the reader.
+
+        Raises:
+            BitLMError: The file ends before.
+        """
+        missing = count * np.dtype(dtype).itemsize
+        parts = []
+        while missing > 0:
+            part = os.pread(self._descriptor, missing, offset)
+            if not part:
+                raise BitLMError(f"{self._path}: truncated while in use, it ends at byte {offset}")
+            parts.append(part)
+            missing, offset = missing - len(part), offset + len(part)
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=dtype)
 
 
 class CodeDataset(IndexedDataset):
@@ -32,8 +69,10 @@ class CodeDataset(IndexedDataset):
     def __init__(self, path_prefix: str) -> None:
         card = read_card(path_prefix)
         lengths = read_document_lengths(path_prefix, card)
-        super().__init__(str(path_prefix), mmap=True)
+        super().__init__(str(path_prefix), mmap=False)
+        self.bin_reader = PositionalReader(dataset_path(path_prefix, ".bin"))
         self.card: Card = card
+        self._first_byte_d = np.cumsum(lengths, dtype=np.int64) - lengths
         self._num_blocks_d = (lengths.astype(np.int64) * 8 // card.block_bits).astype(np.int32)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,7 +121,7 @@ class CodeDataset(IndexedDataset):
         block_bits = self.card.block_bits
         first_bit = int(offset) * block_bits
         first_byte, end_byte = first_bit // 8, -(-(first_bit + length * block_bits) // 8)
-        pointer = int(self.index.sequence_pointers[idx]) + first_byte
+        pointer = int(self._first_byte_d[idx]) + first_byte
         run = self.bin_reader.read(dtype=np.uint8, count=end_byte - first_byte, offset=pointer)
         return realign_blocks(run, first_bit - first_byte * 8, length, block_bits)
 

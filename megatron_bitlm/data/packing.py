@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import ceil
@@ -26,6 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_bitlm.data.card import Card
+from megatron_bitlm.data.index_cache import cached_arrays
 from megatron_bitlm.data.indexed import CodeDataset, open_dataset
 from megatron_bitlm.data.loading import Batch, SampleLoader, collate, fixed_batches
 from megatron_bitlm.errors import BitLMError
@@ -42,6 +41,7 @@ __all__ = [
 
 # The validation samples must be the same for every training seed, or runs could not be compared.
 _VALIDATION_SEED = 1234
+_INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
 _AGREE = ("vocab_size", "block_size", "code_map_hash", "tokenizer_fingerprint")
 
 
@@ -102,9 +102,10 @@ class DataConfig:
 
 @dataclass
 class _SampleConfig(GPTDatasetConfig):
-    """Megatron's configuration plus what identifies the data, so that an index is never used for other
-    data."""
+    """Megatron's configuration, the open datasets by path, and what identifies the data, so that an index is never
+    used for other data."""
 
+    opened: dict[str, CodeDataset] = field(default_factory=dict)
     dataset_fingerprints: list[str] = field(default_factory=list)
     block_size: int = 0
     isolate_documents: bool = True
@@ -124,9 +125,9 @@ class PackedSamples(GPTDataset):
     config: _SampleConfig
 
     @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> CodeDataset:
-        """Opens the dataset that Megatron asks for."""
-        return CodeDataset(dataset_path)
+    def build_low_level_dataset(dataset_path: str, config: _SampleConfig) -> CodeDataset:  # type: ignore[override]
+        """The dataset that Megatron asks for; it is open already."""
+        return config.opened[dataset_path]
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -156,29 +157,15 @@ class PackedSamples(GPTDataset):
         return {"packed": np.concatenate(parts), "document_starts": starts.astype(np.int32)}
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Megatron's three indices, in memory or from a cache folder that appears complete or not at all."""
+        """Megatron's three indices, in memory or from a cache folder."""
         if self.config.index_cache_dir is None:
             return super()._build_document_sample_shuffle_indices()
-        name = f"{self.unique_description_hash}-{self.index_split.name}"
-        folder = Path(self.config.index_cache_dir) / name
-        names = ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
+        folder = Path(self.config.index_cache_dir) / f"{self.unique_description_hash}-{self.index_split.name}"
+        build = super()._build_document_sample_shuffle_indices
         try:
-            if not folder.is_dir():
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                indices = super()._build_document_sample_shuffle_indices()
-                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as aside:
-                    complete = Path(aside) / name
-                    complete.mkdir()
-                    for file, index in zip(names, indices, strict=True):
-                        np.save(complete / file, index)
-                    if not folder.is_dir():
-                        os.rename(complete, folder)
-            document, sample, shuffle = (np.load(folder / file, mmap_mode="r") for file in names)
+            document, sample, shuffle = cached_arrays(folder, _INDEX_NAMES, build)
         except OSError as error:
-            if folder.is_dir():  # another process was quicker
-                document, sample, shuffle = (np.load(folder / file, mmap_mode="r") for file in names)
-            else:
-                raise BitLMError(f"cache_dir {folder.parent}: cannot be used ({error})") from error
+            raise BitLMError(f"cache_dir {folder.parent}: cannot be used ({error})") from error
         return document, sample, shuffle
 
 
@@ -318,6 +305,7 @@ def _build_split(
         eod_mask_loss=False,
         create_attention_mask=False,
         mid_level_dataset_surplus=0.0 if shares is None else _surplus(shares, size or 0),
+        opened={part.path: part.dataset for part in parts},
         dataset_fingerprints=[part.dataset.card.bin_sha256 for part in parts],
         block_size=block_size,
         isolate_documents=config.isolate_documents,

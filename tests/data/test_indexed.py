@@ -1,6 +1,7 @@
 """Framing and files: what is written is read back, by us and by Megatron; broken files are refused."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -157,6 +158,15 @@ def test_broken_files_are_named(prefix, suffix, change):
     with pytest.raises(BitLMError, match=f"set{suffix}: .*{change if change != 'garbage' else ''}"):
         open_dataset(prefix)
         verify_checksums(prefix, read_card(prefix))
+
+
+def test_file_that_shrinks_while_in_use_is_named(prefix):
+    dataset = open_dataset(prefix)
+    whole = dataset.get(0)
+    os.truncate(f"{prefix}.bin", 3)
+    with pytest.raises(BitLMError, match=r"\.bin: truncated while in use, it ends at byte 3"):
+        dataset.get(0)
+    assert len(whole) == dataset.sequence_lengths[0]
 
 
 def test_swapped_files_are_named(prefix):

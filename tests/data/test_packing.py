@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bitlm.benchmarks.memory import resident_bytes
+from megatron_bitlm.benchmarks.sparse import write_sparse_dataset
 from megatron_bitlm.data.packing import DataConfig, SampleLoader, build_datasets, collate, fixed_batches
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
@@ -168,6 +170,18 @@ def test_collate():
     assert joined.cu_seqlens.tolist() == [0, 16, 32] and joined.max_seqlen == 16
 
 
+def test_memory_does_not_grow_with_what_was_read(tmp_path):
+    """A tenth of a file of a gigabyte, in random order; a memory map would hold on to it."""
+    write_sparse_dataset(tmp_path / "sparse", 100_000, 1_000_000_000)
+    train, _ = build([str(tmp_path / "sparse")], 20_000, sequence_length=16_384, split="1,0")
+    batches = iter(SampleLoader(train, micro_batch_size=1))
+    next(batches)
+    before = resident_bytes()
+    for _ in range(2_700):  # 100 MB
+        next(batches)
+    assert resident_bytes() - before < 20e6
+
+
 def rows_of(batches):
     return [
         (int(n), row.numpy().tobytes())
@@ -262,6 +276,46 @@ def test_index_cache_is_not_used_for_other_data(write_dataset, tmp_path):
         for path in list(tmp_path.glob("set*")):
             path.rename(path.with_name(f"{path.name}.{seed}"))
     assert rows[0] != rows[1]
+
+
+def truncate(folder):
+    path = folder / "document_index.npy"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def flip_a_bit(folder):
+    path = folder / "shuffle_index.npy"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "document_index.npy has another size": truncate,
+    "shuffle_index.npy does not match its checksum": flip_a_bit,
+    "sample_index.npy is missing": lambda folder: (folder / "sample_index.npy").unlink(),
+    "index.json is missing": lambda folder: (folder / "index.json").unlink(),
+    "index.json cannot be read": lambda folder: (folder / "index.json").write_text("{"),
+    "is of another release": lambda folder: (folder / "index.json").write_text(
+        (folder / "index.json").read_text().replace('"version": 1', '"version": 0')
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_index_cache_is_built_anew(prefixes, tmp_path, capsys, message):
+    def rows():
+        train, _ = build(prefixes[:1], 60, cache_dir=str(tmp_path))
+        return [train[i]["packed"].tobytes() for i in range(60)]
+
+    expected = rows()
+    (folder,) = tmp_path.iterdir()
+    DAMAGES[message](folder)
+    assert rows() == expected
+    warning = capsys.readouterr().err
+    assert message in warning and "built anew" in warning and folder.name in warning
+    assert rows() == expected and capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("with_cache", [False, True])
