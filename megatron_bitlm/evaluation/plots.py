@@ -96,6 +96,11 @@ def plot_loss(
     save_figure(figure, path)
 
 
+def _is_exact(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the run is a softmax model's, whose loss and validation are cross-entropies of tokens."""
+    return any(record.get("validation/is_exact") for record in records)
+
+
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Steps and finite values of one key, by step; the later record of a step wins."""
     values = {int(record["step"]): float(record[key]) for record in records if record.get(key) is not None}
@@ -137,7 +142,7 @@ def _draw_training_loss(axis: Axes, records: Sequence[Mapping[str, Any]], refere
     axis.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8, label="each step")
     axis.plot(steps, smoothed, color=BLUE, linewidth=2, label="smoothed")
     _draw_references(axis, reference_lines)
-    axis.set_ylabel("training loss (per bit)")
+    axis.set_ylabel("training loss (nats per token)" if _is_exact(records) else "training loss (per bit)")
     axis.set_title(
         f"Training loss: {smoothed[0]:.3f} at first, {smoothed[-1]:.3f} at step {steps[-1]:.0f}", fontsize=10
     )
@@ -154,10 +159,12 @@ def _draw_validation(
     if not steps.size:
         axis.set_title("No validation was run", fontsize=10)
         return
-    axis.plot(steps, bounds, color=ORANGE, linewidth=2, marker="o", markersize=4, label="upper bound")
+    is_exact = _is_exact(records)
+    label, figure = ("exact", "likelihood =") if is_exact else ("upper bound", "bound ≤")
+    axis.plot(steps, bounds, color=ORANGE, linewidth=2, marker="o", markersize=4, label=label)
     standings = [f"{'below' if bounds[-1] < value else 'above'} {name}" for name, value in reference_lines.items()]
     standing = f": {', '.join(standings)}" if standings else ""
-    axis.set_title(f"Held-out bound ≤ {bounds[-1]:.2f} {unit}{standing}", fontsize=10)
+    axis.set_title(f"Held-out {figure} {bounds[-1]:.2f} {unit}{standing}", fontsize=10)
     axis.legend(frameon=False, loc="lower left")
 
 
