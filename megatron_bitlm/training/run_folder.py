@@ -12,6 +12,7 @@ import yaml
 from megatron_bitlm.data.files import write_atomic
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.training.config import RunConfig, flat_settings, is_free
+from megatron_bitlm.training.run_lock import LOCK_FILE, RunLock
 
 
 class RunFolder:
@@ -28,6 +29,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.slurm = self.path / "slurm"
         self.diagnostics = self.path / "diagnostics"
+        self.lock = RunLock(self.path / LOCK_FILE)
 
     def check(self, config: RunConfig) -> None:
         """Check, without writing, that `claim` can make the folder this run's or that it already is.
@@ -47,19 +49,24 @@ class RunFolder:
             raise BitLMError(f"run.directory {self.path} holds files but no run; choose another run.directory")
 
     def claim(self, config: RunConfig) -> None:
-        """Make the folder this run's, after `check`.
+        """Make the folder this run's, after `check`, and this process the only one in it until `release`.
 
         Raises:
-            BitLMError: As `check`, or the folder cannot be made.
+            BitLMError: As `check`, the folder cannot be made, or another process uses it.
         """
         self.check(config)
-        if self.config_file.exists():
-            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+            if self.config_file.exists():
+                return self.check(config)  # written by somebody since
             write_atomic(self.config_file, dump_config(config).encode())
         except OSError as error:
             raise BitLMError(f"run.directory {self.path} cannot be written: {error}") from error
+
+    def release(self) -> None:
+        """Let other processes claim the folder."""
+        self.lock.release()
 
     def _check_same(self, config: RunConfig) -> None:
         """Raise BitLMError where the folder's run differs from `config` in a setting that changes its results."""
@@ -106,4 +113,4 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
 
 def _is_leftover(path: Path) -> bool:
     """What a run's folder may hold before its config.yaml: one whose writing was interrupted, and job logs."""
-    return path.name == "slurm" or (path.name.startswith("config.yaml.") and path.name.endswith(".tmp"))
+    return path.name in ("slurm", LOCK_FILE) or (path.name.startswith("config.yaml.") and path.name.endswith(".tmp"))

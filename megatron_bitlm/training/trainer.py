@@ -70,6 +70,7 @@ def _pretrain(config: RunConfig, stop: StopRequest) -> Outcome:
             return Loop(session, folder, callbacks, stop).run()
     finally:
         shutdown_parallel()
+        folder.release()
 
 
 def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = None) -> DataFacts:

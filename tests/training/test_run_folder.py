@@ -26,7 +26,7 @@ def test_claiming_writes_the_configuration_once(folder):
     before = folder.config_file.stat().st_mtime_ns
     folder.claim(config(folder))
     assert folder.config_file.stat().st_mtime_ns == before
-    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "lock"]
 
 
 @pytest.mark.parametrize(
