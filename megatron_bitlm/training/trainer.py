@@ -98,6 +98,7 @@ def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = Non
         except BitLMError:
             continue  # damaged: the session sets it aside, with a warning, and takes the one before
         check_same_data(meta, facts)
+        check_same_optimizer(meta, config)
         check_same_model(meta, config)
         break
     return facts
@@ -280,6 +281,21 @@ def check_same_model(meta: dict[str, Any], config: RunConfig) -> None:
         raise BitLMError(
             f"the checkpoint of step {meta['step']} holds a model with model.output {stored}, but the run asks for "
             f"{config.model.output}; set model.output to {stored}, or start in another run.directory"
+        )
+
+
+def check_same_optimizer(meta: dict[str, Any], config: RunConfig) -> None:
+    """Raise BitLMError where a checkpoint has the optimizer's state in the form of the other kind of optimizer.
+
+    megatron-core names and nests the state of its distributed optimizer otherwise than that of the plain one, and loads
+    neither as the other. Every other part of the layout may change.
+    """
+    name = "use_distributed_optimizer"
+    stored, here = meta["settings"].get(f"parallel.{name}"), getattr(config.parallel, name)
+    if stored is not None and stored != here:
+        raise BitLMError(
+            f"the checkpoint of step {meta['step']} has {name} {stored}, but parallel.{name} is {here}; set it to "
+            f"{stored} to resume this run"
         )
 
 
