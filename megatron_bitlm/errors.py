@@ -22,3 +22,6 @@ STOP_EXIT_STATUS = 75
 
 DIVERGED_EXIT_STATUS = DivergedError.exit_status
 """Exit status of a run that ended by itself because its training went wrong: EX_DATAERR, "do not requeue"."""
+
+HANG_EXIT_STATUS = 124
+"""Exit status of a process that made no progress for too long, as of timeout(1): "start again"."""

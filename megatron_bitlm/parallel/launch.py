@@ -1,9 +1,13 @@
-"""torchrun for one node of a job: passes stop signals on to the workers and keeps their exit status.
+"""torchrun for one node of a job: stop signals, exit statuses and restarts that fit a long run.
 
-torchrun itself ends its workers 30 seconds after a SIGTERM, dies of a SIGUSR1, and exits with status 1 whatever its
-workers said. A run that is asked to stop needs time to save and has to say that it can go on, so this launcher
+torchrun itself ends its workers 30 seconds after a SIGTERM, dies of a SIGUSR1, exits with status 1 whatever its workers
+said, and starts them again whatever they said. A run that is asked to stop needs time to save and has to say that it
+can go on, and one that refuses its settings is not mended by another start, so this launcher
 
 - sends SIGUSR1 and SIGTERM on to the workers and waits for them as long as they need,
+- with `--max-restarts=N` starts the workers of all nodes again, from the newest checkpoint, when one dies; not when
+  they were asked to stop, when the input was refused or when the training diverged,
+- kills what is left of the workers some seconds after one of them has failed,
 - exits with the status of the worker that ended first, where a worker failed.
 
     python -m megatron_bitlm.parallel.launch [OPTIONS OF TORCHRUN] -m megatron_bitlm.cli pretrain CONFIG.yaml
@@ -13,20 +17,30 @@ In a Slurm step, started once per node, it finds the number of nodes and its own
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.launcher import api as launcher
 
-from megatron_bitlm.errors import STOP_EXIT_STATUS
+from megatron_bitlm.errors import DIVERGED_EXIT_STATUS, HANG_EXIT_STATUS, STOP_EXIT_STATUS, BitLMError
 
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+# Another start would end as this one did.
+_FINAL_STATUSES = (STOP_EXIT_STATUS, DIVERGED_EXIT_STATUS, BitLMError.exit_status)
+# Ranks that wait for one that died cannot save, and may not even see it: a NCCL kernel waits for 30 minutes.
+_KILL_AFTER_S = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,15 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = torchrun.parse_args([*slurm_options(os.environ), *arguments])
     if hasattr(options, "signals_to_handle"):  # of newer versions of torch; older ones take SIGTERM for themselves
         options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    # Else torch 2.13 gives workers that start again the key/value store of the first start, where gloo finds the
+    # addresses of dead processes.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     received: list[signal.Signals] = []
+    failed: dict[int, int] = {}
+    # torchrun has no parameter for the class of its agent.
+    launcher.LocalElasticAgent = functools.partial(Agent, received=received, failed=failed)  # type: ignore[misc]
     for number in _STOP_SIGNALS:
         signal.signal(number, _forwarder(received))
     try:
         torchrun.run(options)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"rank {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
-        return exit_status(failure.exitcode, received)
+    except ChildFailedError:
+        print(f"{_describe(failed)}; the run ends", file=sys.stderr, flush=True)
+        return exit_status(failed, received)
     except RendezvousConnectionError:
         if not received:
             raise
@@ -53,7 +72,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for number in _STOP_SIGNALS:  # nothing may change the exit status any more
             signal.signal(number, signal.SIG_IGN)
+        launcher.LocalElasticAgent = LocalElasticAgent  # type: ignore[misc]
     return 0
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent of a node, that knows which ends of its workers are final.
+
+    Args:
+        received: Stop signals this process got; it adds none.
+        failed: Filled with the exit status (-N: killed by signal N) by rank of the workers that failed first.
+        others: As `LocalElasticAgent`.
+    """
+
+    def __init__(self, *args: Any, received: list[signal.Signals], failed: dict[int, int], **others: Any) -> None:
+        super().__init__(*args, **others)
+        self._received, self._failed = received, failed
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._failed.clear()
+        return super()._start_workers(worker_group)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        # torchrun is about to end the others, and afterwards cannot tell who was first.
+        workers = [handler.proc for _, handler in sorted(self._pcontext.subprocess_handlers.items())]
+        first = {worker_group.workers[i].global_rank: process.poll() for i, process in enumerate(workers)}
+        self._failed.update({rank: status for rank, status in first.items() if status})
+        if self._failed and STOP_EXIT_STATUS not in self._failed.values():
+            killer = threading.Timer(_KILL_AFTER_S, lambda: [process.kill() for process in workers])
+            killer.daemon = True
+            killer.start()
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED:
+            if not self._failed:
+                self._failed.update({rank: failure.exitcode for rank, failure in result.failures.items()})
+            self._decide(worker_group)
+        return result
+
+    def _decide(self, worker_group: WorkerGroup) -> None:
+        if self._received or any(status in _FINAL_STATUSES for status in self._failed.values()):
+            self._remaining_restarts = 0
+        if self._remaining_restarts > 0:
+            most = worker_group.spec.max_restarts
+            print(
+                f"{_describe(self._failed)}; all workers start again from the newest checkpoint "
+                f"(restart {most - self._remaining_restarts + 1} of {most})",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def slurm_options(environment: Mapping[str, str]) -> list[str]:
@@ -72,15 +138,29 @@ def slurm_options(environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def exit_status(worker: int, received: Sequence[signal.Signals]) -> int:
-    """Exit status of the node, given that of the worker that ended first (-N: killed by signal N).
+def exit_status(failed: Mapping[int, int], received: Sequence[signal.Signals]) -> int:
+    """Exit status of the node, given those of the workers that failed first by rank (-N: killed by signal N).
 
     A worker that a forwarded signal killed had not come as far as to install its handlers, so there is nothing to save
-    and the run can go on where it was.
+    and the run can go on where it was. A status that says what to do next counts before one that does not; the alarm
+    that the watchdog sets for a process it cannot end itself says the same as its status.
     """
-    if worker == STOP_EXIT_STATUS or -worker in received:
+    statuses = [HANG_EXIT_STATUS if status == -signal.SIGALRM else status for status in failed.values()]
+    if any(-status in received for status in statuses):
         return STOP_EXIT_STATUS
-    return worker if worker > 0 else 128 - worker
+    for telling in (*_FINAL_STATUSES, HANG_EXIT_STATUS):
+        if telling in statuses:
+            return telling
+    return statuses[0] if statuses[0] > 0 else 128 - statuses[0]
+
+
+def _describe(failed: Mapping[int, int]) -> str:
+    """Who failed; those killed first, as the others often fail for want of them."""
+    killed = {rank: status for rank, status in failed.items() if status < 0}
+    rank, status = next(iter((killed or failed).items()))
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    others = f" (and {len(failed) - 1} others failed)" if len(failed) > 1 else ""
+    return f"rank {rank} {how}{others}"
 
 
 def _forwarder(received: list[signal.Signals]) -> Callable[[int, FrameType | None], None]:

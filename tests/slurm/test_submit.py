@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bitlm.cli import main
 from megatron_bitlm.errors import STOP_EXIT_STATUS
-from megatron_bitlm.parallel.launch import exit_status, slurm_options
+from megatron_bitlm.parallel.launch import slurm_options
 from megatron_bitlm.slurm.render import JobOptions, render_evaluate, render_pretrain
 from tests.training_runs import run_config
 
@@ -124,11 +124,3 @@ def test_the_launcher_finds_its_place_in_the_step():
     options = slurm_options({**step, "SLURM_RESTART_COUNT": "3"})
     assert {"--nnodes=2", "--rdzv-id=7.3", "--rdzv-conf=is_host=0"} <= set(options)
     assert "--rdzv-conf=is_host=1" in slurm_options({**step, "SLURM_NODEID": "0"})
-
-
-@pytest.mark.parametrize(
-    ("worker", "received", "status"),
-    [(75, [], 75), (75, [10], 75), (-10, [10], 75), (-15, [], 143), (-9, [10], 137), (1, [15], 1)],
-)
-def test_the_launcher_keeps_the_status_of_its_worker(worker, received, status):
-    assert exit_status(worker, received) == status
