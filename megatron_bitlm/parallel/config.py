@@ -1,5 +1,6 @@
 """The parallel layout of a run and its checks, which need no process group."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -44,6 +45,7 @@ class ParallelConfig:
         recompute_method: for "full": "uniform" chunks of layers, or "block", the first ones of each stage.
         recompute_num_layers: for "full": layers in a chunk, or layers of a stage.
         recompute_modules: for "selective": parts of a layer, of core_attn, layernorm and mlp.
+        collective_timeout_minutes: how long a process waits in a collective for one that does not come.
     """
 
     tensor_model_parallel_size: int = 1
@@ -61,6 +63,7 @@ class ParallelConfig:
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
     recompute_modules: tuple[str, ...] = ("core_attn",)
+    collective_timeout_minutes: float = 60.0
 
     @property
     def model_parallel_size(self) -> int:
@@ -91,6 +94,10 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise BitLMError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.collective_timeout_minutes < math.inf:
+            raise BitLMError(
+                f"parallel.collective_timeout_minutes is {self.collective_timeout_minutes}; it must be positive"
+            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise BitLMError(
                 "parallel.sequence_parallel is on with tensor_model_parallel_size 1; it splits activations "

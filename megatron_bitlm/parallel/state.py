@@ -133,15 +133,12 @@ def _seed_generators(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def initialize_parallel(
-    config: ParallelConfig, *, seed: int, timeout_minutes: float = 30, model: ModelShape | None = None
-) -> ParallelState:
+def initialize_parallel(config: ParallelConfig, *, seed: int, model: ModelShape | None = None) -> ParallelState:
     """Joins the processes that torchrun started (or starts alone), and makes megatron-core's process groups.
 
     Args:
         config: the layout; it is checked before any process group exists.
         seed: of the run-time generators; tensor-parallel ranks and pipeline stages get their own.
-        timeout_minutes: how long a collective may wait for a process that does not come.
         model: where given, the layout is checked against it, too.
 
     Raises:
@@ -155,7 +152,7 @@ def initialize_parallel(
     config.validate(world_size, model)
     device, local_rank = _choose_device()
     install_mends()
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    timeout = datetime.timedelta(minutes=config.collective_timeout_minutes)
     _join_processes(world_size, "nccl" if device.type == "cuda" else "gloo", timeout)
     try:
         parallel_state.initialize_model_parallel(
@@ -163,7 +160,7 @@ def initialize_parallel(
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
-            distributed_timeout_minutes=timeout_minutes,
+            distributed_timeout_minutes=config.collective_timeout_minutes,
         )
         _seed_generators(seed)
     except BaseException:

@@ -15,12 +15,13 @@ from megatron_bitlm.training.anomalies import AnomalyConfig
 from megatron_bitlm.training.checkpoint import CheckpointConfig
 from megatron_bitlm.training.likelihood import ValidationConfig
 from megatron_bitlm.training.optimizer import OptimizerConfig
+from megatron_bitlm.training.watchdog import WatchdogConfig
 
 # Settings that may change between the sessions of one run without changing what it computes.
 _FREE = {"checkpoint", "parallel", "training.micro_batch_size", "training.log_interval_steps", "training.progress"}
 _FREE |= {"data.num_workers", "data.cache_dir", "validation.interval_steps", "training.peak_flops_per_device"}
 _FREE |= {"model.attention_backend", "model.implementation", "run.directory", "training.stop_after_steps"}
-_FREE |= {"anomalies"}
+_FREE |= {"anomalies", "watchdog"}
 
 
 @dataclass
@@ -89,6 +90,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     anomalies: AnomalyConfig = field(default_factory=AnomalyConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def validate(self) -> None:
@@ -109,6 +111,7 @@ class RunConfig:
         self.checkpoint.validate()
         self.validation.validate()
         self.anomalies.validate()
+        self.watchdog.validate()
         self.parallel.validate_sequence(self.data.sequence_length, self.model.block_size)
         if self.parallel.context_parallel_size > 1 and self.model.attention_backend == "flex":
             raise BitLMError(

@@ -18,7 +18,8 @@ from megatron_bitlm.training.run_lock import LOCK_FILE, RunLock
 class RunFolder:
     """runs/NAME with config.yaml, metrics.jsonl, tensorboard/ and checkpoints/.
 
-    Where there is something to put into them also diagnostics/ (steps that were not finite) and slurm/ (job logs).
+    Where there is something to put into them also diagnostics/ (steps that were not finite), stacks/ (of hung
+    processes) and slurm/ (job logs).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -30,6 +31,7 @@ class RunFolder:
         self.slurm = self.path / "slurm"
         self.diagnostics = self.path / "diagnostics"
         self.lock = RunLock(self.path / LOCK_FILE)
+        self.stacks = self.path / "stacks"
 
     def check(self, config: RunConfig) -> None:
         """Check, without writing, that `claim` can make the folder this run's or that it already is.
@@ -112,5 +114,6 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _is_leftover(path: Path) -> bool:
-    """What a run's folder may hold before its config.yaml: one whose writing was interrupted, and job logs."""
-    return path.name in ("slurm", LOCK_FILE) or (path.name.startswith("config.yaml.") and path.name.endswith(".tmp"))
+    """What a run's folder may hold before its config.yaml: one whose writing was interrupted, job logs, stacks."""
+    names = ("slurm", "stacks", LOCK_FILE)
+    return path.name in names or (path.name.startswith("config.yaml.") and path.name.endswith(".tmp"))

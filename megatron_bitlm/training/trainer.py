@@ -27,6 +27,7 @@ from megatron_bitlm.training.run_folder import RunFolder
 from megatron_bitlm.training.session import DataFacts, Session, read_data_facts
 from megatron_bitlm.training.signals import StopRequest
 from megatron_bitlm.training.step import StepResult
+from megatron_bitlm.training.watchdog import Watchdog
 
 
 @dataclass
@@ -61,16 +62,18 @@ def _pretrain(config: RunConfig, stop: StopRequest) -> Outcome:
     folder = RunFolder(config.run.directory)
     facts = check_run(config, folder)
     state = initialize_parallel(config.parallel, seed=config.run.seed, model=config.model.resolve_backbone())
-    try:
-        session = Session(config, facts, state, folder.checkpoints)
-        if state.is_main:
-            folder.claim(config)
-        callbacks = _callbacks(config, folder) if state.is_main else []
-        with closing(session):
-            return Loop(session, folder, callbacks, stop).run()
-    finally:
-        shutdown_parallel()
-        folder.release()
+    with Watchdog(config.watchdog, folder.stacks / f"rank_{state.rank}.txt", state.rank) as watchdog:
+        try:
+            session = Session(config, facts, state, folder.checkpoints)
+            if state.is_main:
+                folder.claim(config)
+            callbacks = _callbacks(config, folder) if state.is_main else []
+            with closing(session):
+                return Loop(session, folder, callbacks, stop, watchdog).run()
+        finally:
+            watchdog.phase("end")
+            shutdown_parallel()
+            folder.release()
 
 
 def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = None) -> DataFacts:
@@ -119,10 +122,19 @@ class Loop:
         folder: The run's folder.
         callbacks: Told of every step (on the main process).
         stop: Asked before every step whether to end the session there.
+        watchdog: Told of every step, validation and checkpoint.
     """
 
-    def __init__(self, session: Session, folder: RunFolder, callbacks: list[Callback], stop: StopRequest) -> None:
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        callbacks: list[Callback],
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
         self.session, self.folder, self.callbacks, self.stop = session, folder, callbacks, stop
+        self.watchdog = watchdog
         config, facts = session.config, session.facts
         flops = run_flops(config, facts.card.vocab_size).total
         peak = device_peak(config, session.state.device)
@@ -148,6 +160,8 @@ class Loop:
                     self._stop_at(reached, start)
                     break
                 self._one_step(step, batches, last)
+                self.watchdog.phase("step")
+            self.watchdog.phase("end")
             self.session.checkpoints.finish()
         except BaseException:
             self.session.checkpoints.finish_after_error()
@@ -178,6 +192,7 @@ class Loop:
         record = self._record(step, result, norms, seconds)
         # Not at the end of a session that stops early: a run's records do not depend on its sessions.
         if _is_due(step, config.validation.interval_steps) or step == config.training.num_steps:
+            self.watchdog.phase("validation")
             self.validation = self.session.validate()
             record |= self.validation.record()
         for callback in self.callbacks:
@@ -197,6 +212,7 @@ class Loop:
             raise self.skipped.diverged(diagnosis, str(path))
 
     def _save(self, step: int) -> None:
+        self.watchdog.phase("checkpoint")
         self.session.complete_weights()
         self.session.checkpoints.save(step, self._meta(), self.session.facts.tokenizer, self.session.facts.code)
 

@@ -52,7 +52,7 @@ def open_session(config: RunConfig) -> Iterator[tuple[Session, torch.Tensor]]:
     """The session of a run that writes nothing, and what torch drew before it."""
     folder = RunFolder(config.run.directory)
     facts = check_run(config, folder)
-    state = initialize_parallel(config.parallel, seed=config.run.seed, timeout_minutes=2)
+    state = initialize_parallel(config.parallel, seed=config.run.seed)
     try:
         draw = torch.rand(4)
         yield Session(config, facts, state, folder.checkpoints), draw

@@ -46,7 +46,7 @@ def run_layouts(ports: list[int], layouts: list[ParallelConfig]) -> list[tuple[f
     results = []
     for port, layout in zip(ports, layouts, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        state = initialize_parallel(layout, seed=1, timeout_minutes=1)
+        state = initialize_parallel(layout, seed=1)
         try:
             results.append(_one_step(state))
             dist.barrier()
@@ -57,14 +57,14 @@ def run_layouts(ports: list[int], layouts: list[ParallelConfig]) -> list[tuple[f
 
 def save_initial_weights(layout: ParallelConfig, path: str) -> None:
     """Writes the initial weights of a layout as a distributed checkpoint."""
-    state = initialize_parallel(layout, seed=1, timeout_minutes=1)
+    state = initialize_parallel(layout, seed=1)
     dist_checkpointing.save(_sharded(_initial_model(state)), path)
     shutdown_parallel()
 
 
 def load_beside_initial_weights(path: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """In one process: each parameter's name, its value in the checkpoint and its initial value here."""
-    state = initialize_parallel(ParallelConfig(), seed=1, timeout_minutes=1)
+    state = initialize_parallel(ParallelConfig(), seed=1)
     model = _initial_model(state)
     loaded = dist_checkpointing.load(_sharded(_initial_model(state)), path)
     pairs = [(name, loaded[name], value.detach()) for name, value in model.named_parameters()]
