@@ -88,6 +88,8 @@ class SampleLoader:
         prefetch_factor: micro-batches each of them loads ahead.
         pin_memory: put batches into page-locked memory, for copies to a GPU.
         end_sample: first sample not to take; the dataset's length by default.
+        num_extra_samples: samples after the dataset's last one; they are its first ones again, under numbers of
+            their own.
 
     Raises:
         BitLMError: sizes below 1, a rank outside the group, or a negative start.
@@ -105,6 +107,7 @@ class SampleLoader:
         prefetch_factor: int = 4,
         pin_memory: bool = False,
         end_sample: int | None = None,
+        num_extra_samples: int = 0,
     ) -> None:
         if micro_batch_size < 1:
             raise BitLMError(f"micro_batch_size is {micro_batch_size}, it must be at least 1")
@@ -112,7 +115,8 @@ class SampleLoader:
             raise BitLMError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size} does not exist")
         if consumed_samples < 0:
             raise BitLMError(f"consumed_samples is {consumed_samples}, it must not be negative")
-        end = len(dataset) if end_sample is None else min(end_sample, len(dataset))
+        length = len(dataset) + num_extra_samples
+        end = length if end_sample is None else min(end_sample, length)
         stride = micro_batch_size * data_parallel_size
         self._num_batches = max(end - consumed_samples, 0) // stride
         first = consumed_samples + data_parallel_rank * micro_batch_size
@@ -183,13 +187,13 @@ class _Order:
 
 
 class _Numbered(Dataset):
-    """Items together with their numbers."""
+    """Items together with their numbers; after the last item come the first ones again."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self._dataset[index]
+        return index, self._dataset[index % len(self._dataset)]
 
 
 @dataclass(frozen=True)

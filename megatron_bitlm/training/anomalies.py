@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_bitlm.errors import BitLMError, DivergedError
 from megatron_bitlm.training.diagnosis import Diagnosis
@@ -15,14 +17,32 @@ class AnomalyConfig:
     Attributes:
         max_consecutive_skips: A step whose loss or gradients are not finite changes no weights and is counted; the run
             ends with a diagnosis when more than this many follow each other. 0 ends it at the first.
+        spike_action: When the loss jumps: nothing (`off`), a `warn`ing, or `rewind` to the newest checkpoint before it
+            and go on with the data after it.
+        spike_window_steps: Steps whose losses are the usual ones.
+        spike_threshold: A loss is far when it lies this many robust standard deviations (1.4826 times the median
+            absolute deviation) above the median of the usual ones.
+        spike_patience_steps: Losses in a row that must be far to be a spike.
+        max_rewinds: A run that would have to go back more often ends.
     """
 
     max_consecutive_skips: int = 5
+    spike_action: Literal["off", "warn", "rewind"] = "warn"
+    spike_window_steps: int = 128
+    spike_threshold: float = 10.0
+    spike_patience_steps: int = 3
+    max_rewinds: int = 3
 
     def validate(self) -> None:
         """Raise BitLMError naming the setting and its value."""
-        if self.max_consecutive_skips < 0:
-            raise BitLMError(f"anomalies.max_consecutive_skips must not be negative, got {self.max_consecutive_skips}")
+        least = {"max_consecutive_skips": 0, "spike_window_steps": 2, "spike_patience_steps": 1, "max_rewinds": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise BitLMError(f"anomalies.{name} must be at least {value}, got {getattr(self, name)}")
+        if self.spike_action not in ("off", "warn", "rewind"):
+            raise BitLMError(f"anomalies.spike_action must be off, warn or rewind, got {self.spike_action!r}")
+        if not 0 < self.spike_threshold < math.inf:
+            raise BitLMError(f"anomalies.spike_threshold must be positive, got {self.spike_threshold}")
 
 
 class SkippedSteps:

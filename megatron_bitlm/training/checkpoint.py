@@ -273,6 +273,7 @@ class CheckpointManager:
         for name, chunk in zip(model_state(self.chunks), self.chunks, strict=True):
             chunk.load_state_dict(loaded[name], strict=True)
         self.optimizer.load_state_dict(loaded["optimizer"])
+        self.scheduler.num_steps = 0  # megatron-core counts on from where the schedule is
         self.scheduler.load_state_dict(loaded["scheduler"])
         return meta
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_bitlm.data.files import write_atomic
 from megatron_bitlm.model.build import unwrap
 from megatron_bitlm.model.initialization import global_names, globalize
+from megatron_bitlm.training.signals import true_on_any_rank
 
 FORMAT, VERSION = "megatron-bitlm-diagnosis", 1
 
@@ -86,12 +87,7 @@ class Diagnosis:
 
 def all_finite(values: Sequence[float], device: torch.device) -> bool:
     """Whether every rank's values are finite; the same answer on every rank. Collective."""
-    finite = all(math.isfinite(value) for value in values)
-    if dist.get_world_size() == 1:
-        return finite
-    flag = torch.tensor([int(finite)], device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
+    return not true_on_any_rank(not all(math.isfinite(value) for value in values), device)
 
 
 def diagnose(

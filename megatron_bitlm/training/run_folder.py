@@ -18,8 +18,8 @@ from megatron_bitlm.training.run_lock import LOCK_FILE, RunLock
 class RunFolder:
     """runs/NAME with config.yaml, metrics.jsonl, tensorboard/ and checkpoints/.
 
-    Where there is something to put into them also diagnostics/ (steps that were not finite), stacks/ (of hung
-    processes) and slurm/ (job logs).
+    Where there is something to put into them also diagnostics/ (steps that were not finite), rewinds/ (what
+    was trained before the run went back), stacks/ (of hung processes) and slurm/ (job logs).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,6 +32,8 @@ class RunFolder:
         self.diagnostics = self.path / "diagnostics"
         self.lock = RunLock(self.path / LOCK_FILE)
         self.stacks = self.path / "stacks"
+        self.rewinds = self.path / "rewinds"
+        self.rewinds_file = self.rewinds / "rewinds.json"
 
     def check(self, config: RunConfig) -> None:
         """Check, without writing, that `claim` can make the folder this run's or that it already is.
@@ -85,6 +87,12 @@ class RunFolder:
                     f"run.directory {self.path} already holds another run: {name} is {old.get(name)!r} there and "
                     f"{new.get(name)!r} here; choose another run.directory"
                 )
+
+    def copy_rewound_metrics(self, number: int, step: int) -> None:
+        """Keep the records of steps after `step`, which rewind `number` takes back, in rewinds/rewind_NUMBER.jsonl."""
+        self.rewinds.mkdir(exist_ok=True)
+        taken_back = [line for line in _whole_lines(self.metrics_file) if json.loads(line)["step"] > step]
+        write_atomic(self.rewinds / f"rewind_{number}.jsonl", "".join(taken_back).encode())
 
     def keep_metrics_through(self, step: int) -> None:
         """Drop the records of steps after `step`, which a resumed run computes again."""

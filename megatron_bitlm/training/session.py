@@ -148,8 +148,11 @@ class Session:
             device=state.device,
         )
 
-    def loader(self, consumed_samples: int) -> SampleLoader:
-        """This rank's micro-batches from the run's sample number `consumed_samples` on."""
+    def loader(self, consumed_samples: int, num_extra_samples: int = 0) -> SampleLoader:
+        """This rank's micro-batches from the run's sample number `consumed_samples` on.
+
+        `num_extra_samples` more than a run without rewinds needs, see `SampleLoader`.
+        """
         return SampleLoader(
             self.train_data,
             micro_batch_size=self.config.training.micro_batch_size,
@@ -157,6 +160,7 @@ class Session:
             data_parallel_size=self.state.data_parallel_size,
             consumed_samples=consumed_samples,
             num_workers=self.config.data.num_workers,
+            num_extra_samples=num_extra_samples,
         )
 
     def next_inputs(self, batches: Any) -> list[Inputs]:

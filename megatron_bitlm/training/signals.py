@@ -48,11 +48,16 @@ class StopRequest:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. Collective."""
-        if dist.get_world_size() == 1:
-            return self.requested is not None
-        flag = torch.tensor([int(self.requested is not None)], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return true_on_any_rank(self.requested is not None, device)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number)
+
+
+def true_on_any_rank(answer: bool, device: torch.device) -> bool:
+    """Whether any rank says yes; the same answer on every rank. Collective."""
+    if dist.get_world_size() == 1:
+        return answer
+    flag = torch.tensor([int(answer)], device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())

@@ -12,12 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bitlm import __version__
-from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.errors import BitLMError, DivergedError
 from megatron_bitlm.model.build import describe_choices
 from megatron_bitlm.model.checkpoint import complete_checkpoints, read_meta
 from megatron_bitlm.parallel.state import initialize_parallel, launched_world_size, shutdown_parallel
 from megatron_bitlm.training.anomalies import SkippedSteps
 from megatron_bitlm.training.callbacks import Callback, MetricsFile, Progress, Record, TensorBoard
+from megatron_bitlm.training.checkpoint_writing import told_by_rank_0
 from megatron_bitlm.training.config import RunConfig, flat_settings
 from megatron_bitlm.training.diagnosis import Diagnosis
 from megatron_bitlm.training.flops import device_peak, run_flops
@@ -25,7 +26,8 @@ from megatron_bitlm.training.likelihood import LikelihoodReport
 from megatron_bitlm.training.optimizer import gradient_norms_by_part
 from megatron_bitlm.training.run_folder import RunFolder
 from megatron_bitlm.training.session import DataFacts, Session, read_data_facts
-from megatron_bitlm.training.signals import StopRequest
+from megatron_bitlm.training.signals import StopRequest, true_on_any_rank
+from megatron_bitlm.training.spikes import Rewinds, num_losses_needed, read_losses, spike_begins
 from megatron_bitlm.training.step import StepResult
 from megatron_bitlm.training.watchdog import Watchdog
 
@@ -52,7 +54,7 @@ def pretrain(config: RunConfig) -> Outcome:
 
     Raises:
         BitLMError: Bad settings or data, or a folder that holds another run.
-        DivergedError: Too many steps in a row whose loss or gradients are not finite.
+        DivergedError: Too many steps in a row whose loss or gradients are not finite, or too many rewinds.
     """
     with StopRequest() as stop:
         return _pretrain(config, stop)
@@ -142,35 +144,94 @@ class Loop:
         self.flops_share = flops * self.tokens_per_step / (peak * session.state.world_size) if peak else None
         self.validation: LikelihoodReport | None = None
         self.skipped = SkippedSteps(config.anomalies.max_consecutive_skips)
+        self.rewinds = Rewinds()
+        self.losses: list[float] = []  # of the steps that were not skipped, on the main process
 
     def run(self) -> Outcome:
-        """Resume, train to the end of the session, leave a checkpoint."""
+        """Resume, train to the end of the session, leave a checkpoint; as often as the run is rewound."""
         config = self.session.config
-        start = self._resume()
         last = min(config.training.num_steps, config.training.stop_after_steps or config.training.num_steps)
-        reached = max(start, last)
         try:
-            for callback in self.callbacks:
-                callback.on_start(start, last)
-            self._announce(start)
-            batches = iter(self.session.loader(start * config.training.global_batch_size))
-            for step in range(start + 1, last + 1):
-                if self.stop.agreed(self.session.state.device):
-                    reached = step - 1
-                    self._stop_at(reached, start)
+            while True:
+                self.watchdog.phase("start")
+                start = self._resume()
+                reached, target = self._train(start, last)
+                if target is None:
                     break
-                self._one_step(step, batches, last)
-                self.watchdog.phase("step")
+                self._rewind(reached, target)
             self.watchdog.phase("end")
             self.session.checkpoints.finish()
         except BaseException:
             self.session.checkpoints.finish_after_error()
             raise
+        finished = last == config.training.num_steps and reached >= last
+        return Outcome(reached, finished, self.validation, stopped=reached < last)
+
+    def _train(self, start: int, last: int) -> tuple[int, int | None]:
+        """The steps after `start`; returns the last one done, and the step to go back to where there was a spike."""
+        step, batches = start, None
+        try:
+            for callback in self.callbacks:
+                callback.on_start(start, last)
+            self._announce(start)
+            while True:
+                target = self._rewind_target(step)
+                if target is not None or step >= last:
+                    return step, target
+                if self.stop.agreed(self.session.state.device):
+                    self._stop_at(step, start)
+                    return step, None
+                step += 1
+                skipped = self.rewinds.skipped_samples(step)
+                if batches is None or skipped != self.rewinds.skipped_samples(step - 1):
+                    consumed = (step - 1) * self.session.config.training.global_batch_size + skipped
+                    batches = iter(self.session.loader(consumed, skipped))
+                self._one_step(step, batches, last)
+                self.watchdog.phase("step")
         finally:
             for callback in self.callbacks:
                 callback.on_end()
-        finished = last == config.training.num_steps and reached >= last
-        return Outcome(reached, finished, self.validation, stopped=reached < last)
+
+    def _rewind_target(self, step: int) -> int | None:
+        """The step to go back to, where a spike of the loss was seen at `step` and something can be done. Collective.
+
+        Raises:
+            DivergedError: The run has gone back often enough.
+        """
+        settings = self.session.config.anomalies
+        spike = settings.spike_action != "off" and spike_begins(self.losses, settings)
+        if spike:
+            self._warn(f"step {step}: the loss has been far above the usual for {settings.spike_patience_steps} steps")
+        if settings.spike_action != "rewind" or not true_on_any_rank(spike, self.session.state.device):
+            return None
+        if len(self.rewinds.entries) >= settings.max_rewinds:
+            raise DivergedError(
+                f"step {step}: the loss jumped again after {len(self.rewinds.entries)} rewinds (anomalies.max_rewinds "
+                f"{settings.max_rewinds}); the checkpoints of {self.folder.path} are kept: start another run.directory "
+                "with a lower optimizer.learning_rate or other data"
+            )
+        self.watchdog.phase("checkpoint")
+        self.session.checkpoints.finish()
+        before = step - settings.spike_patience_steps
+        found = [known for known, _ in complete_checkpoints(self.folder.checkpoints) if known <= before]
+        target = told_by_rank_0(max(found, default=None))
+        if target is None:
+            self._warn(f"step {step}: no checkpoint before the spike to go back to; training goes on")
+        self.watchdog.phase("step")
+        return target
+
+    def _rewind(self, step: int, target: int) -> None:
+        """Write down that the run goes back from `step` to the checkpoint `target`; `_resume` does it, now or later."""
+        if not self.session.state.is_main:
+            return
+        entry = self.rewinds.add(step, target, self.session.config.training.global_batch_size)
+        number = len(self.rewinds.entries)
+        self.folder.copy_rewound_metrics(number, target)
+        self.rewinds.write(self.folder.rewinds_file)
+        self._warn(
+            f"rewind {number}: from step {step} back to the checkpoint of step {target}, without the data between "
+            f"({entry.skipped_samples} samples skipped so far); {self.folder.rewinds} keeps the records"
+        )
 
     def _stop_at(self, step: int, start: int) -> None:
         if step > start:
@@ -199,6 +260,8 @@ class Loop:
             callback.on_step(record)
         if result.diagnosis is not None:
             self._report_skip(result.diagnosis)
+        elif self.session.state.is_main:
+            self.losses = [*self.losses[-num_losses_needed(config.anomalies) :], result.metrics.loss]
         if _is_due(step, config.checkpoint.interval_steps) or step == last:
             self._save(step)
 
@@ -222,6 +285,7 @@ class Loop:
             "step": step,
             **{name: value if math.isfinite(value) else None for name, value in figures.items()},  # JSON has no NaN
             "skipped_steps": self.skipped.total,
+            "skipped_samples": self.rewinds.skipped_samples(step),
             "learning_rate": result.learning_rate,
             "samples": step * self.session.config.training.global_batch_size,
             "tokens": step * self.tokens_per_step,
@@ -233,12 +297,24 @@ class Loop:
         return record
 
     def _resume(self) -> int:
+        """Load the newest checkpoint of the run's history and cut the records behind it; returns its step."""
+        if self.session.state.is_main:
+            self.rewinds = Rewinds.read(self.folder.rewinds_file)
+            self.rewinds.set_abandoned_aside(self.folder.checkpoints)
+        self.rewinds = told_by_rank_0(self.rewinds)
         meta = self.session.checkpoints.load_latest(self._warn)
         step = int(meta["step"]) if meta else 0
+        self.skipped = SkippedSteps(self.session.config.anomalies.max_consecutive_skips)
         if meta is not None and "skipped_steps" in meta:  # checkpoints of the first versions have none
             self.skipped.restore(meta["skipped_steps"])
+        if meta is not None and len(meta.get("rewinds", [])) > len(self.rewinds.entries):
+            raise BitLMError(
+                f"the checkpoint of step {step} comes after {len(meta['rewinds'])} rewinds, but "
+                f"{self.folder.rewinds_file} tells of {len(self.rewinds.entries)}; restore that file"
+            )
         if self.session.state.is_main:
             self.folder.keep_metrics_through(step)
+            self.losses = read_losses(self.folder.metrics_file)
         return step
 
     def _warn(self, text: str) -> None:
@@ -262,6 +338,7 @@ class Loop:
             "settings": flat_settings(config),
             "package_version": __version__,
             "skipped_steps": self.skipped.state(),
+            "rewinds": self.rewinds.state(),
         }
 
 

@@ -22,11 +22,13 @@ from megatron_bitlm.training.trainer import pretrain
 class Faults:
     """What goes wrong.
 
-    poisoned_samples: their loss is NaN; poisoned_gradients: step -> (rank, end of a local parameter name) whose
-    gradient is infinite on that rank; lost_updates: steps that are computed but update nothing (the reference).
+    poisoned_samples: their loss is NaN; steep_samples: their loss is 100 times what it should be; poisoned_gradients:
+    step -> (rank, end of a local parameter name) whose gradient is infinite on that rank; lost_updates: steps that are
+    computed but update nothing (the reference).
     """
 
     poisoned_samples: tuple[int, ...] = ()
+    steep_samples: tuple[int, ...] = ()
     poisoned_gradients: dict[int, tuple[int, str]] = field(default_factory=dict)
     lost_updates: tuple[int, ...] = ()
 
@@ -44,8 +46,9 @@ def injected(faults: Faults) -> Iterator[None]:
 
     def poisoned_score(self: Any, head: Any, condition: Any, clean: Any, sample: torch.Tensor, block: Any) -> Any:
         losses = score(self, head, condition, clean, sample, block)
-        bad = torch.isin(sample, torch.tensor(faults.poisoned_samples, dtype=torch.int64))
-        losses.objective = losses.objective * torch.where(bad, torch.nan, 1.0)[:, None]
+        for numbers, factor in ((faults.poisoned_samples, torch.nan), (faults.steep_samples, 100.0)):
+            bad = torch.isin(sample, torch.tensor(numbers, dtype=torch.int64))
+            losses.objective = losses.objective * torch.where(bad, factor, 1.0)[:, None]
         return losses
 
     def counted_step(self: TrainingStep, number: int, inputs: list) -> Any:

@@ -184,6 +184,17 @@ def test_a_long_list_is_cut_in_the_sentence_only(tmp_path):
     assert content["loss"] == "inf"
 
 
-def test_settings_out_of_range_are_named():
-    with pytest.raises(BitLMError, match="anomalies.max_consecutive_skips must not be negative, got -1"):
-        AnomalyConfig(max_consecutive_skips=-1).validate()
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("max_consecutive_skips", -1, "at least 0"),
+        ("spike_window_steps", 1, "at least 2"),
+        ("spike_patience_steps", 0, "at least 1"),
+        ("max_rewinds", -2, "at least 0"),
+        ("spike_threshold", math.nan, "positive"),
+        ("spike_action", "panic", "off, warn or rewind"),
+    ],
+)
+def test_settings_out_of_range_are_named(name, value, rule):
+    with pytest.raises(BitLMError, match=f"anomalies.{name} must be {rule}, got '?{value}"):
+        AnomalyConfig(**{name: value}).validate()
