@@ -20,6 +20,8 @@ _BENCHMARKS = {
         "bench_attention",
         "block-causal attention against masked and plain causal SDPA, forward and backward",
     ),
+    "head": ("head", "HeadBenchmark", "bench_head", "the diffusion head against the softmax it replaces"),
+    "step": ("step", "StepBenchmark", "bench_step", "whole training steps of BitLM against the softmax baseline"),
     "preprocess": (
         "preprocess",
         "PreprocessBenchmark",

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bitlm.benchmarks.datasets import write_sparse_dataset
 from megatron_bitlm.benchmarks.memory import resident_bytes
-from megatron_bitlm.benchmarks.sparse import write_sparse_dataset
 from megatron_bitlm.data.packing import DataConfig, SampleLoader, build_datasets, collate, fixed_batches
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
