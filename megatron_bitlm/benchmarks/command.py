@@ -28,6 +28,12 @@ _BENCHMARKS = {
         "bench_preprocess",
         "text to dataset against the recipe of Megatron-LM's preprocess_data.py, in one process",
     ),
+    "loader": (
+        "loader",
+        "LoaderBenchmark",
+        "bench_loader",
+        "loading of samples against megatron-core's GPT dataset: tokens per second, start-up, memory",
+    ),
 }
 
 

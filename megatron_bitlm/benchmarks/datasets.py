@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bitlm import __version__
-from megatron_bitlm.data.card import Card, dataset_path, index_content
+from megatron_bitlm.data.card import Card, dataset_path, index_content, read_card, read_document_lengths
 from megatron_bitlm.data.files import write_atomic
 from megatron_bitlm.data.framing import document_num_bytes, frame_documents, pack_documents
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
 
+_INT32_CODE = 4  # Megatron's number for the dtype
 _BLOCK_SIZE, _VOCAB_SIZE = 4, 151_669  # Qwen3's: 9 bytes a block
 
 
@@ -34,6 +35,16 @@ def write_sparse_dataset(prefix: Path, num_documents: int, num_bytes: int, seed:
         stream.truncate(int(num_blocks_d.sum()) * block_bytes)
     most_tokens = int(num_blocks_d.sum() - num_documents) * _BLOCK_SIZE - num_documents
     return _describe(prefix, code, _BLOCK_SIZE, num_blocks_d, most_tokens)
+
+
+def write_sparse_int32_dataset(prefix: Path, like: Path) -> None:
+    """Megatron's own kind of dataset, an int32 a token, with the documents of the dataset at `like`; every id is 0."""
+    card = read_card(like)
+    num_blocks_d = read_document_lengths(like, card).astype(np.int64) * 8 // card.block_bits
+    num_tokens_d = num_blocks_d * card.block_size
+    write_atomic(dataset_path(prefix, ".idx"), index_content(num_tokens_d, _INT32_CODE, 4))
+    with open(dataset_path(prefix, ".bin"), "wb") as stream:
+        stream.truncate(4 * int(num_tokens_d.sum()))
 
 
 def write_random_dataset(

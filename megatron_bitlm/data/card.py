@@ -127,13 +127,13 @@ def read_card(prefix: str | Path) -> Card:
     return card
 
 
-def index_content(num_bytes_d: np.ndarray) -> bytes:
-    """A Megatron .idx for documents of so many bytes each (one sequence a document, uint8)."""
-    num_documents = len(num_bytes_d)
-    header = _INDEX_HEADER.pack(_INDEX_MAGIC, 1, _UINT8_CODE, num_documents, num_documents + 1)
-    pointers = np.cumsum(num_bytes_d, dtype=np.int64) - num_bytes_d
+def index_content(lengths_d: np.ndarray, dtype_code: int = _UINT8_CODE, item_num_bytes: int = 1) -> bytes:
+    """A Megatron .idx for documents of so many items each, one sequence a document, by default of uint8."""
+    num_documents = len(lengths_d)
+    header = _INDEX_HEADER.pack(_INDEX_MAGIC, 1, dtype_code, num_documents, num_documents + 1)
+    pointers = (np.cumsum(lengths_d, dtype=np.int64) - lengths_d) * item_num_bytes
     boundaries = np.arange(num_documents + 1, dtype=np.int64)
-    return header + num_bytes_d.astype("<i4").tobytes() + pointers.astype("<i8").tobytes() + boundaries.tobytes()
+    return header + lengths_d.astype("<i4").tobytes() + pointers.astype("<i8").tobytes() + boundaries.tobytes()
 
 
 def read_document_lengths(prefix: str | Path, card: Card) -> np.ndarray:
