@@ -22,6 +22,12 @@ _BENCHMARKS = {
     ),
     "head": ("head", "HeadBenchmark", "bench_head", "the diffusion head against the softmax it replaces"),
     "step": ("step", "StepBenchmark", "bench_step", "whole training steps of BitLM against the softmax baseline"),
+    "checkpoint": (
+        "checkpoint",
+        "CheckpointBenchmark",
+        "bench_checkpoint",
+        "the stall of training by a save in the background against one that it waits for",
+    ),
     "preprocess": (
         "preprocess",
         "PreprocessBenchmark",

@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,7 +41,7 @@ from megatron_bitlm.model.checkpoint import (
     step_folder,
 )
 from megatron_bitlm.parallel.safe_loading import load_sharded
-from megatron_bitlm.training.checkpoint_writing import WRITE_ERRORS, TensorWriter, file_record, told_by_rank_0
+from megatron_bitlm.training.checkpoint_writing import Share, TensorWriter, file_record, told_by_rank_0
 
 _LEFTOVERS = (".step_*.tmp", ".step_*.old")  # of saves and removals that a kill interrupted
 
@@ -118,7 +118,7 @@ class CheckpointManager:
         self.chunks, self.optimizer, self.scheduler = chunks, optimizer, scheduler
         self._queue = AsyncCallsQueue(persistent=False)
         self._failures: list[str] = []  # of the last saves, up to the newest that succeeded
-        self._removal: threading.Thread | None = None
+        self._naming: tuple[_PendingSave, Future | None] | None = None  # the future is rank 0's
 
     def save(self, step: int, meta: dict[str, Any], tokenizer: Tokenizer, code: BinaryCode) -> None:
         """Begin the checkpoint of `step`, and complete it unless that is left to `poll` and `finish`. Collective.
@@ -150,11 +150,12 @@ class CheckpointManager:
             self._note_end(final, aside, error)
         else:
             pending = _PendingSave(final, aside, writer, {"step": step, **meta}, tokenizer, code)
-            request.add_finalize_fn(lambda: self._complete(pending))
+            request.add_finalize_fn(lambda: self._begin_naming(pending))
             if in_background:
                 self._queue.schedule_async_request(request)
             else:
                 request.execute_sync()
+                self._complete_pending(blocking=True)
         self._raise_after_too_many()
 
     def poll(self) -> None:
@@ -182,7 +183,7 @@ class CheckpointManager:
         An error of one rank alone must not wait for others that are in the middle of a step. What is then left of the
         save is nothing that looks complete.
         """
-        if not self._queue.get_num_unfinalized_calls():
+        if not self._queue.get_num_unfinalized_calls() and self._naming is None:
             return
         store, size = dist.distributed_c10d._get_default_store(), dist.get_world_size()
         names = [f"finish_after_error/{self.folder}/{self._queue.call_idx}/{rank}" for rank in range(size)]
@@ -194,10 +195,19 @@ class CheckpointManager:
         self._complete_pending(blocking=True)
 
     def _complete_pending(self, *, blocking: bool) -> None:
+        """Go on with the save that is on its way: all shares written, then named by rank 0. Collective."""
         if self._queue.get_num_unfinalized_calls():
             self._queue.maybe_finalize_async_calls(blocking=blocking)
-        if blocking and self._removal is not None:
-            self._removal.join()
+        if self._naming is None:
+            return
+        pending, future = self._naming
+        answer = None
+        if future is not None and (blocking or future.done()):
+            answer = (future.result(),)
+        answer = told_by_rank_0(answer)
+        if answer is not None:
+            self._naming = None
+            self._note_end(pending.final, pending.aside, answer[0])
 
     def _prepare(self, final: Path, aside: Path) -> tuple[bool, str | None]:
         """Whether the checkpoint is there already, or what keeps its folder from being made."""
@@ -211,16 +221,18 @@ class CheckpointManager:
             return False, str(error)
         return False, None
 
-    def _complete(self, pending: _PendingSave) -> None:
-        """Give the folder its name when all of it is written, or remove it. Collective."""
-        error = None
-        try:
-            files = pending.writer.complete()
-            if dist.get_rank() == 0:
-                self._commit(pending, files)
-        except WRITE_ERRORS as caught:
-            error = str(caught)
-        self._note_end(pending.final, pending.aside, told_by_rank_0(error))
+    def _begin_naming(self, pending: _PendingSave) -> None:
+        """When every rank has written its share. Collective.
+
+        Rank 0 does the rest in a thread: it waits for the disk many times, and need not let training wait, too.
+        """
+        shares = pending.writer.gather()
+        future = None
+        if shares is not None:
+            pool = ThreadPoolExecutor(1)
+            future = pool.submit(self._commit, pending, shares)
+            pool.shutdown(wait=False)
+        self._naming = (pending, future)
 
     def _note_end(self, final: Path, aside: Path, error: str | None) -> None:
         """Remember on every rank whether the save succeeded; a failed one leaves no folder."""
@@ -287,8 +299,15 @@ class CheckpointManager:
             state["content_metadata"] = _content_metadata()
         return state
 
-    def _commit(self, pending: _PendingSave, files: dict[str, Any]) -> None:
-        """What is beside the tensors, then the name. On rank 0, the only one that writes from here on."""
+    def _commit(self, pending: _PendingSave, shares: list[Share]) -> str | None:
+        """What is beside the tensors, then the name, on rank 0 alone; what went wrong, for all ranks to be told."""
+        try:
+            self._write_beside(pending, pending.writer.complete(shares))
+        except Exception as error:
+            return str(error) or type(error).__name__
+        return None
+
+    def _write_beside(self, pending: _PendingSave, files: dict[str, Any]) -> None:
         aside, final = pending.aside, pending.final
         pending.tokenizer.save(aside / TOKENIZER_FOLDER)
         if pending.code.code_map is not None:
@@ -307,22 +326,12 @@ class CheckpointManager:
 
     def _remove_old(self) -> None:
         every = self.config.keep_every_steps
-        doomed = []
         for step, old in complete_checkpoints(self.folder)[: -self.config.keep_last]:
             if every and step % every == 0:
                 continue
-            hidden = old.with_name(f".{old.name}.old")
-            os.replace(old, hidden)  # first out of sight: an interrupted removal must not look complete
-            doomed.append(hidden)
-
-        def remove() -> None:
-            for path in doomed:
-                shutil.rmtree(path, ignore_errors=True)
-
-        if self._removal is not None:
-            self._removal.join()
-        self._removal = threading.Thread(target=remove)  # removing many gigabytes takes a while
-        self._removal.start()
+            doomed = old.with_name(f".{old.name}.old")
+            os.replace(old, doomed)  # first out of sight: an interrupted removal must not look complete
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from megatron_bitlm.data.files import sha256_file
 from megatron_bitlm.parallel.processes import Outbox, end_with_parent
 
 # Disk full is an OSError, or a RuntimeError where torch's C++ writer was the first to notice.
-WRITE_ERRORS = (OSError, RuntimeError)
+_WRITE_ERRORS = (OSError, RuntimeError)
 _BACKEND, _BACKEND_VERSION = "torch_dist", 1
 FileRecord = dict[str, Any]
 
@@ -47,7 +47,7 @@ class Share:
 
 
 class TensorWriter(TorchDistSaveShardedStrategy):
-    """Plans one save and, when every rank has written, completes the folder. Every method is collective.
+    """Plans one save and, when every rank has written, completes the folder.
 
     Args:
         folder: Exists, is empty, and is given its final name by somebody else.
@@ -64,31 +64,33 @@ class TensorWriter(TorchDistSaveShardedStrategy):
     def plan(self, state: dict[str, Any]) -> tuple[AsyncRequest, str | None]:
         """The request that writes this rank's share, and what went wrong on rank 0 (the same answer on every rank).
 
-        What is not sharded is written at once: it is small.
+        Collective. What is not sharded is written at once: it is small.
         """
         sharded, common = save_preprocess(state)
         error = None
         if dist.get_rank() == 0:
             try:
                 torch.save(common, self.folder / COMMON_STATE_FNAME)
-            except WRITE_ERRORS as caught:
+            except _WRITE_ERRORS as caught:
                 error = str(caught)
         error = told_by_rank_0(error)
         if error is not None:
             return AsyncRequest(None, (), []), error
         return self.async_save(sharded, self.folder), None
 
-    def complete(self) -> dict[str, FileRecord]:
-        """After the request ran on every rank: write the index; on rank 0 size and checksum of all files, else {}.
-
-        Raises:
-            OSError: On rank 0 only, where any rank or this one could not write.
-        """
+    def gather(self) -> list[Share] | None:
+        """After the request ran on every rank: their shares, on rank 0, else None. Collective."""
         own = self._own_share()
         shares: list[Share] | None = [Share()] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(own, shares)
-        if shares is None:
-            return {}
+        return shares
+
+    def complete(self, shares: list[Share]) -> dict[str, FileRecord]:
+        """On rank 0 alone: write the index; size and checksum of the files that hold tensors.
+
+        Raises:
+            OSError: A rank could not write its share, or this one cannot write the index.
+        """
         error = next((share.error for share in shares if share.error is not None), None)
         if error is not None:
             raise OSError(error)
