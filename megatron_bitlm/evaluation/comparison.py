@@ -100,23 +100,35 @@ def plot_comparison(
     """Held-out bits per byte against training seconds and against training tokens, one line a model, as PNG."""
     figure = Figure(figsize=(10.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, column, label in zip(axes, (0, 1), ("training seconds", "training tokens"), strict=True):
+    for axis, column, label in zip(axes, (0, 1), ("training seconds", "training tokens, millions"), strict=True):
         for model, color in zip(models, _COLORS, strict=True):
             curve = model.curve()
             kind = "exact" if model.is_exact else "upper bound"
-            axis.plot(curve[column], curve[2], color=color, marker="o", markersize=4, label=f"{model.name}, {kind}")
+            places = curve[0] if column == 0 else [tokens / 1e6 for tokens in curve[1]]
+            axis.plot(places, curve[2], color=color, marker="o", markersize=4, label=f"{model.name}, {kind}")
         _dress(axis, label, reference_lines)
-    axes[0].set_ylabel("held-out bits per byte")
-    axes[0].legend(frameon=False, loc="upper right")
-    ends = ", ".join(f"{model.name} {model.relation} {model.likelihood['bits_per_byte']:.2f}" for model in models)
-    figure.suptitle(f"The same time, the same data: {ends} bits/byte", fontsize=10)
+    axes[0].set_ylabel("bits per byte of the run's validation samples")
+    axes[1].legend(frameon=False, loc="center right")
+    ends = ", ".join(
+        f"{model.name} {model.relation.replace('<=', '≤')} {model.likelihood['bits_per_byte']:.2f}" for model in models
+    )
+    figure.suptitle(f"The same time, the same data; on all held-out text {ends} bits/byte", fontsize=10)
     save_figure(figure, path)
 
 
 def _dress(axis: Axes, label: str, reference_lines: Mapping[str, float]) -> None:
     for (name, value), (color, style) in zip(reference_lines.items(), _REFERENCE_STYLES, strict=True):
         axis.axhline(value, color=color, linestyle=style, linewidth=1.4)
-        axis.annotate(f"{name} {value:.2f}", (0.01, value), xycoords=("axes fraction", "data"), color=color, fontsize=9)
+        axis.annotate(
+            f"{name} {value:.2f}",
+            (0.99, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=color,
+            fontsize=9,
+        )
     axis.set_xlabel(label)
     axis.set_xlim(left=0)
     axis.grid(color="#e6e6e6", linewidth=0.8)

@@ -165,7 +165,7 @@ def _draw_validation(
     standings = [f"{'below' if bounds[-1] < value else 'above'} {name}" for name, value in reference_lines.items()]
     standing = f": {', '.join(standings)}" if standings else ""
     axis.set_title(f"Held-out {figure} {bounds[-1]:.2f} {unit}{standing}", fontsize=10)
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(frameon=False, loc="best")
 
 
 def _draw_time_buckets(axis: Axes, records: Sequence[Mapping[str, Any]], buckets: Sequence[str], prefix: str) -> None:

@@ -50,10 +50,16 @@ def test_the_picture(tmp_path, monkeypatch):
     plot_comparison(MODELS, tmp_path / "comparison.png", {"unigram": 4.9, "bigram": 3.9})
     assert matplotlib.image.imread(tmp_path / "comparison.png").std() > 0.01
     said = {text.get_text() for text in drawn[0].findobj(Text)}
-    assert {"BitLM, upper bound", "softmax, exact", "unigram 4.90", "training seconds", "training tokens"} <= said
-    assert any("BitLM <= 3.75, softmax = 2.25" in text for text in said)
+    assert {
+        "BitLM, upper bound",
+        "softmax, exact",
+        "unigram 4.90",
+        "training seconds",
+        "training tokens, millions",
+    } <= said
+    assert any("BitLM ≤ 3.75, softmax = 2.25" in text for text in said)
     lines = drawn[0].axes[1].get_lines()[:2]
-    assert [line.get_xdata()[-1] for line in lines] == [600, 1200]
+    assert [line.get_xdata()[-1] for line in lines] == [0.0006, 0.0012]
 
 
 def test_a_softmax_run_has_no_bound_in_its_loss_picture(tmp_path, monkeypatch):
