@@ -27,7 +27,7 @@ install: $(VENV)/.installed ## Create .venv and install the package with the ver
 install-dev: $(VENV)/.installed-dev ## The same, with the tools that test and check it
 
 quickstart: $(VENV)/.installed ## Text to trained model, likelihood, generated text and pictures in runs/quickstart
-	$(BIN)/bitlm quickstart $(if $(COMPARE),--compare) $(ARGS)
+	$(BIN)/bitlm quickstart $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
