@@ -206,7 +206,7 @@ def test_pretrain_refuses_a_folder_that_holds_another_run(place, nothing_starts,
     place.refuses("pretrain", "run.yaml", *flags, message=message)
 
 
-def test_a_validation_split_that_is_too_small_leaves_no_folder(place):
+def test_a_validation_split_that_is_too_small_leaves_no_folder(place, nothing_starts):
     flags = ["--data.split", "98,2", "--training.micro_batch_size", "8", "--validation.num_samples", "8"]
     place.refuses("pretrain", "run.yaml", *flags, message=r"validation.*split")
 

@@ -240,6 +240,22 @@ def build_datasets(
     return train, build(Split.valid, valid_parts, num_valid_samples, _VALIDATION_SEED)
 
 
+def num_validation_samples(config: DataConfig, *, block_size: int, at_most: int) -> int:
+    """How many validation samples `build_datasets` will have, up to `at_most`; needs no process groups.
+
+    Raises:
+        BitLMError: A split that is too small for one.
+    """
+    pairs = [(path, open_dataset(path, block_size=block_size)) for path in config.paths]
+    train_share, valid_share = config.split_fractions()
+    parts = [_Part(path, dataset, train_share, train_share + valid_share) for path, dataset in pairs]
+    num_blocks = config.sequence_length // block_size
+    for part in parts:
+        part.check("validation", min_num_blocks=num_blocks + 1)
+    weights = config.weights or [float(_Part(path, dataset, 0.0, train_share).num_blocks) for path, dataset in pairs]
+    return _within_one_pass(at_most, weights, parts, num_blocks)
+
+
 @dataclass
 class _Part:
     """The documents of one dataset that belong to one split."""

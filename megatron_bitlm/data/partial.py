@@ -145,7 +145,8 @@ class PartialDataset:
                 stream.close()  # type: ignore[union-attr]
         if self._lock is not None:
             self._lock.close()
-        if not (self._folder / "settings.json").exists():
+        refused = isinstance(error, BitLMError) and self.totals.num_documents == 0
+        if refused or not (self._folder / "settings.json").exists():
             self.discard()  # nothing to continue from
 
     def start(self, tokenizer: Tokenizer, code: BinaryCode) -> None:

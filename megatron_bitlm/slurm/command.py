@@ -131,6 +131,7 @@ def _job_options(options: argparse.Namespace) -> JobOptions:
     )
     if options.submit is submit_pretrain:
         job.grace_seconds, job.requeues_on_failure = options.grace_seconds, options.requeues_on_failure
+        job.requeues_on_hang, job.restarts = options.requeues_on_hang, options.restarts
     job.validate()
     return job
 
@@ -151,6 +152,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit.add_argument(
         "--requeues-on-failure", type=int, default=0, help="how often a failed job is requeued (default %(default)s)"
+    )
+    submit.add_argument(
+        "--requeues-on-hang", type=int, default=3, help="how often a hung job is requeued (default %(default)s)"
+    )
+    submit.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        help="how often dead ranks are started again in the job (default %(default)s)",
     )
     submit.set_defaults(submit=submit_pretrain)
     evaluate = kinds.add_parser(

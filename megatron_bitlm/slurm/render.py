@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from megatron_bitlm import __version__
-from megatron_bitlm.errors import STOP_EXIT_STATUS, BitLMError
+from megatron_bitlm.errors import DIVERGED_EXIT_STATUS, HANG_EXIT_STATUS, STOP_EXIT_STATUS, BitLMError
 
 _ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
@@ -44,6 +44,8 @@ class JobOptions:
         sbatch: further options of sbatch, such as --qos=high.
         grace_seconds: time before the limit at which the run is asked to save and stop.
         requeues_on_failure: how often a job that failed goes back into the queue.
+        requeues_on_hang: the same for one that the watchdog ended.
+        restarts: how often the workers are started again inside the job when one dies.
     """
 
     nodes: int = 1
@@ -60,6 +62,8 @@ class JobOptions:
     sbatch: list[str] = field(default_factory=list)
     grace_seconds: int = 120
     requeues_on_failure: int = 0
+    requeues_on_hang: int = 3
+    restarts: int = 3
 
     @property
     def processes_per_node(self) -> int:
@@ -74,6 +78,7 @@ class JobOptions:
     def validate(self) -> None:
         """Raise BitLMError naming the option and its value."""
         least = {"nodes": 1, "gpus_per_node": 0, "grace_seconds": 1, "requeues_on_failure": 0}
+        least |= {"requeues_on_hang": 0, "restarts": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise BitLMError(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(self, name)}")
@@ -118,7 +123,11 @@ def render_pretrain(options: JobOptions, config: Path, logs: Path, directory: Pa
         processes=options.processes_per_node,
         config=shlex.quote(str(config)),
         stop_status=STOP_EXIT_STATUS,
+        hang_status=HANG_EXIT_STATUS,
+        final_statuses=f"{DIVERGED_EXIT_STATUS} | {BitLMError.exit_status}",
         requeues_on_failure=options.requeues_on_failure,
+        requeues_on_hang=options.requeues_on_hang,
+        restarts=options.restarts,
     )
 
 

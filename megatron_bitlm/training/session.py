@@ -85,6 +85,22 @@ def _spot_check(path: str, dataset: CodeDataset, code: BinaryCode) -> None:
             raise BitLMError(f"{path}.bin document {document} does not start with BOS {card.bos_id}; preprocess again")
 
 
+def whole_validation_batches(config: RunConfig, available: int, data_parallel_size: int) -> int:
+    """As many of the `available` validation samples as fill micro-batches on all ranks.
+
+    Raises:
+        BitLMError: Not even one each.
+    """
+    share = config.training.micro_batch_size * data_parallel_size
+    if available < share:
+        raise BitLMError(
+            f"validation.num_samples {config.validation.num_samples} of data.split {config.data.split!r} "
+            f"are {available} samples, fewer than training.micro_batch_size x data-parallel ranks = {share}; raise "
+            "these or lower training.micro_batch_size"
+        )
+    return available // share * share
+
+
 class Session:
     """Builds what `config` asks for on this rank. Collective.
 
@@ -129,7 +145,8 @@ class Session:
             num_valid_samples=config.validation.num_samples,
             seed=config.run.seed,
         )
-        self.num_validation_samples = self._whole_validation_batches()
+        available = min(config.validation.num_samples, len(self.valid_data))
+        self.num_validation_samples = whole_validation_batches(config, available, state.data_parallel_size)
         runner = PipelineRunner(wrapped, training.micro_batch_size, config.data.sequence_length)
         self.step = TrainingStep(
             runner,
@@ -204,18 +221,6 @@ class Session:
         inputs = [self._to_device(batch) for batch in batches]
         num_blocks = self.config.data.sequence_length // self.config.model.block_size
         return self.scorer(inputs, num_samples, num_blocks, self.config.validation.num_repeats)
-
-    def _whole_validation_batches(self) -> int:
-        """As many of the validation samples as fill micro-batches on all ranks."""
-        available = min(self.config.validation.num_samples, len(self.valid_data))
-        share = self.config.training.micro_batch_size * self.state.data_parallel_size
-        if available < share:
-            raise BitLMError(
-                f"validation.num_samples {self.config.validation.num_samples} of data.split {self.config.data.split!r} "
-                f"are {available} samples, fewer than training.micro_batch_size x data-parallel ranks = {share}; raise "
-                "these or lower training.micro_batch_size"
-            )
-        return available // share * share
 
     def _to_device(self, batch: Any) -> Inputs:
         return to_device(batch, self.state.device, self.config.model)

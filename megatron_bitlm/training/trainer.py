@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bitlm import __version__
+from megatron_bitlm.data.packing import num_validation_samples
 from megatron_bitlm.errors import BitLMError, DivergedError
 from megatron_bitlm.model.build import describe_choices
 from megatron_bitlm.model.checkpoint import complete_checkpoints, read_meta
@@ -25,7 +26,7 @@ from megatron_bitlm.training.flops import device_peak, run_flops
 from megatron_bitlm.training.likelihood import LikelihoodReport
 from megatron_bitlm.training.optimizer import gradient_norms_by_part
 from megatron_bitlm.training.run_folder import RunFolder
-from megatron_bitlm.training.session import DataFacts, Session, read_data_facts
+from megatron_bitlm.training.session import DataFacts, Session, read_data_facts, whole_validation_batches
 from megatron_bitlm.training.signals import StopRequest, true_on_any_rank
 from megatron_bitlm.training.spikes import Rewinds, num_losses_needed, read_losses, spike_begins
 from megatron_bitlm.training.step import StepResult
@@ -96,6 +97,10 @@ def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = Non
     facts = read_data_facts(config)
     if config.model.output == "softmax":
         config.model.softmax.padded_vocab_size(facts.card.vocab_size, config.parallel.tensor_model_parallel_size)
+    available = num_validation_samples(
+        config.data, block_size=config.model.block_size, at_most=config.validation.num_samples
+    )
+    whole_validation_batches(config, available, config.parallel.data_parallel_size(world_size))
     folder.check(config)
     for _, path in reversed(complete_checkpoints(folder.checkpoints)):
         try:

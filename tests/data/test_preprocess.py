@@ -337,3 +337,11 @@ def test_card_is_plain_json(tmp_path, jsonl):
     written = json.loads((tmp_path / "out.json").read_text())
     assert (written["format"], written["version"]) == ("megatron-bitlm dataset", 1)
     assert written["settings"]["tokenizer"] == "bytes" and written["num_documents"] == card.num_documents
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_input_refused_at_its_start_leaves_nothing(tmp_path, jsonl, num_workers):
+    with pytest.raises(BitLMError, match="no key 'body'"):
+        run(tmp_path / "out", jsonl, text_key="body", num_workers=num_workers)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["input.jsonl"]
+    assert run(tmp_path / "out", jsonl).num_documents > 0  # with the right key, not "another run is unfinished"

@@ -47,6 +47,10 @@ def start(tmp_path):
         ("1", "0", 0, True),
         ("1", "1", 1, False),
         ("137", "5", 137, False),
+        ("124", "2", 0, True),
+        ("124", "3", 124, False),
+        ("65", "0", 65, False),
+        ("2", "0", 2, False),
     ],
 )
 def test_what_the_run_says_decides(start, tmp_path, ends, restarts, status, requeued):
@@ -55,7 +59,7 @@ def test_what_the_run_says_decides(start, tmp_path, ends, restarts, status, requ
     if requeued:
         assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
     command = (tmp_path / "srun.log").read_text()
-    assert "--nproc-per-node=4" in command and "megatron_bitlm.cli pretrain frozen.yaml" in command
+    assert "--nproc-per-node=4 --max-restarts=3" in command and "megatron_bitlm.cli pretrain frozen.yaml" in command
     assert f":{20000 + 7 + 997 * int(restarts)} " in command  # each start has a port of its own
 
 

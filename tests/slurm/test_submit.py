@@ -45,13 +45,14 @@ def test_dry_run_prints_the_script_and_writes_nothing(config, capsys, tmp_path):
     assert "--output=runs/eight/slurm/%j-batch.log" in directives and "--output=runs/eight/slurm/%j-%n.log" in script
     assert f"--container-mounts={tmp_path}:{tmp_path},/scratch:/scratch" in script
     assert "export NCCL_IB_HCA=mlx5_0,mlx5_1" in script and "--nproc-per-node=8" in script
-    assert f"((status == {STOP_EXIT_STATUS}))" in script and "scontrol requeue" in script
+    assert f"{STOP_EXIT_STATUS}) requeues=1000000" in script and "scontrol requeue" in script
     assert not Path("runs/eight").exists()
 
 
 def test_the_example_of_the_largest_model_fits_its_nodes(dataset, capsys):
     example = str(Path(__file__).parents[2] / "examples" / "bitlm-8b.yaml")
-    assert main(["slurm", "submit", example, "--nodes", "8", "--data.paths", f"[{dataset}]", "--dry-run"]) == 0
+    small = ["--data.paths", f"[{dataset}]", "--data.sequence_length", "64", "--data.split", "1,1"]
+    assert main(["slurm", "submit", example, "--nodes", "8", *small, "--dry-run"]) == 0
     assert "8 nodes x 8 processes" in capsys.readouterr().out
 
 
