@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 PROJECT := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test checks format clean
+.PHONY: help install install-dev quickstart test gpu checks format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ quickstart: $(VENV)/.installed ## Text to trained model, likelihood, generated t
 
 test: $(VENV)/.installed-dev ## Run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+gpu: $(VENV)/.installed-dev ## Tests and benchmarks of one GPU, with a report in runs/bench (install the extra `cuda` for FP8)
+	$(BIN)/bitlm bench suite $(ARGS)
 
 checks: $(VENV)/.installed-dev ## Lint, format, import contracts, types, Dockerfiles
 	$(BIN)/ruff check .

@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from jsonargparse import ArgumentParser
 
+from megatron_bitlm.benchmarks.harness import BenchmarkConfig
 from megatron_bitlm.benchmarks.report import default_output
 from megatron_bitlm.errors import BitLMError
 
@@ -40,6 +42,7 @@ _BENCHMARKS = {
         "bench_loader",
         "loading of samples against megatron-core's GPT dataset: tokens per second, start-up, memory",
     ),
+    "suite": ("suite", "SuiteBenchmark", "bench_suite", "tests and benchmarks of one GPU, in one report"),
 }
 
 
@@ -52,10 +55,22 @@ def run_bench(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         _overview().parse_args(arguments or ["--help"])
     name, *rest = arguments
+    settings, output = parse_benchmark(name, rest)
+    module_name, _, function_name, _ = _BENCHMARKS[name]
+    run: Callable = getattr(_module(module_name), function_name)
+    run(settings, output or default_output(name))
+
+
+def parse_benchmark(name: str, arguments: list[str]) -> tuple[BenchmarkConfig, Path | None]:
+    """Settings of a benchmark, and the output file if one is named.
+
+    Raises:
+        BitLMError: An unknown benchmark.
+        argparse.ArgumentError: An unknown option, or a value of the wrong type.
+    """
     if name not in _BENCHMARKS:
         raise BitLMError(f"there is no benchmark {name!r}; choose one of {', '.join(_BENCHMARKS)}")
-    module_name, settings_name, function_name, description = _BENCHMARKS[name]
-    module = import_module(f"megatron_bitlm.benchmarks.{module_name}")
+    module_name, settings_name, _, description = _BENCHMARKS[name]
     parser = ArgumentParser(
         prog=f"bitlm bench {name}",
         description=f"Times {description}. Variants take turns in one process.",
@@ -63,12 +78,15 @@ def run_bench(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--output", help="JSON file for the figures, never overwritten (default: a new one)")
-    settings_class = getattr(module, settings_name)
+    settings_class = getattr(_module(module_name), settings_name)
     parser.add_class_arguments(settings_class, None)
-    values = vars(parser.parse_args(rest))
-    output = Path(values.pop("output") or default_output(name))
-    run: Callable = getattr(module, function_name)
-    run(settings_class(**values), output)
+    values = vars(parser.parse_args(arguments))
+    output = values.pop("output")
+    return settings_class(**values), Path(output) if output else None
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"megatron_bitlm.benchmarks.{name}")
 
 
 def _overview() -> argparse.ArgumentParser:

@@ -61,6 +61,7 @@ class StepBenchmark(BenchmarkConfig):
         document_tokens: Tokens of every document; 0 makes a sample one document.
         precision: `auto` is bf16 on a GPU and fp32 on a CPU.
         fp8_recipe: Of the fp8 variants: delayed, tensorwise or blockwise.
+        fp8_bf16_layers: Layers that stay in bf16 at each end of the backbone in the fp8 variants; `delayed` takes 0.
         attention_backend: As `model.attention_backend`.
         implementation: As `model.implementation`.
         memory: Also measure each variant's peak memory, in a process of its own.
@@ -81,6 +82,7 @@ class StepBenchmark(BenchmarkConfig):
     document_tokens: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
+    fp8_bf16_layers: int = 1
     attention_backend: str = "auto"
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     memory: bool = True
@@ -199,7 +201,6 @@ def run_config(settings: StepBenchmark, name: str, prefix: Path) -> RunConfig:
     backbone = backbone_preset(settings.preset)
     head_width = settings.head_width or max(backbone.hidden_size // 4, 2)
     fp8 = name.endswith("_fp8")
-    unscaled_layers = 0 if settings.fp8_recipe == "delayed" else 1  # which cannot leave layers out
     return RunConfig(
         run=RunSection(directory=str(prefix.parent / "run")),
         model=ModelConfig(
@@ -224,8 +225,8 @@ def run_config(settings: StepBenchmark, name: str, prefix: Path) -> RunConfig:
             precision=_precision(settings),
             fp8=Fp8Config(
                 recipe=settings.fp8_recipe if fp8 else "none",
-                num_bf16_layers_at_start=unscaled_layers,
-                num_bf16_layers_at_end=unscaled_layers,
+                num_bf16_layers_at_start=settings.fp8_bf16_layers,
+                num_bf16_layers_at_end=settings.fp8_bf16_layers,
             ),
         ),
         validation=ValidationConfig(num_samples=settings.micro_batch_size),
