@@ -76,6 +76,16 @@ class TiktokenTokenizer(Tokenizer):
         except ValueError as error:
             raise BitLMError(f"tokenizer {name}: pattern {pattern!r} is not accepted ({error})") from error
 
+    @property
+    def pattern(self) -> str:
+        """Regular expression that splits text before merging."""
+        return self._pattern
+
+    @property
+    def ranks(self) -> dict[bytes, int]:
+        """Every token's bytes and its id."""
+        return _parse_ranks(self._ranks_file, "ranks.tiktoken")
+
     def _encode_array(self, text: str) -> np.ndarray:
         if has_long_space_run(text):
             raise BitLMError(

@@ -42,6 +42,35 @@ class LoadedModel:
     state: ParallelState
 
 
+@dataclass
+class CheckpointFacts:
+    """What a checkpoint says of itself beside its tensors.
+
+    path: the step folder; meta: of meta.json; config: the model; code and tokenizer: those it was trained with.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    config: ModelConfig
+    code: BinaryCode
+    tokenizer: Tokenizer
+
+
+def read_checkpoint(checkpoint: str | Path) -> CheckpointFacts:
+    """The facts of a run folder's newest checkpoint, or of a step folder; no tensor is read.
+
+    Raises:
+        BitLMError: No complete checkpoint, a damaged one, or one whose code or tokenizer does not match.
+    """
+    path = find_checkpoint(checkpoint)
+    meta = _read_meta(path)
+    code = _load_code(path, meta)
+    tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
+    if tokenizer.fingerprint != meta["data"]["tokenizer_fingerprint"]:
+        raise BitLMError(f"{path / TOKENIZER_FOLDER} is not the tokenizer the checkpoint was trained with")
+    return CheckpointFacts(path, meta, model_config(meta["settings"]), code, tokenizer)
+
+
 @contextmanager
 def loaded_model(checkpoint: str | Path, *, precision: str | None = None) -> Iterator[LoadedModel]:
     """The model of a run folder or step folder, in eval mode, in one process; process groups end with the context.
@@ -53,14 +82,9 @@ def loaded_model(checkpoint: str | Path, *, precision: str | None = None) -> Ite
     Raises:
         BitLMError: No complete checkpoint, a damaged one, or one whose code or tokenizer does not match.
     """
-    path = find_checkpoint(checkpoint)
-    meta = _read_meta(path)
-    code = _load_code(path, meta)
-    tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
-    if tokenizer.fingerprint != meta["data"]["tokenizer_fingerprint"]:
-        raise BitLMError(f"{path / TOKENIZER_FOLDER} is not the tokenizer the checkpoint was trained with")
+    facts = read_checkpoint(checkpoint)
+    path, meta, config, code, tokenizer = facts.path, facts.meta, facts.config, facts.code, facts.tokenizer
     settings = meta["settings"]
-    config = model_config(settings)
     state = initialize_parallel(ParallelConfig(), seed=0, model=config.resolve_backbone())
     try:
         chunks = build_chunks(

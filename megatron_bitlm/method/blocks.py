@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_bitlm.method.codes import BinaryCode
+from .codes import BinaryCode
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_bitlm.method.path import lone_bit_logit
+from .path import lone_bit_logit
 
 LinearFactory = Callable[[int, int], nn.Module]
 ContextFactory = Callable[[], AbstractContextManager[object]]

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bitlm.method.head import clean_estimate
-from megatron_bitlm.method.path import TabulatedTime, interpolate, lone_bit_mmse, time_from_log_snr
+from .head import clean_estimate
+from .path import TabulatedTime, interpolate, lone_bit_mmse, time_from_log_snr
 
 LOWEST_LOG_SNR, HIGHEST_LOG_SNR = -9.0, 4.4
 NUM_BINS = 48

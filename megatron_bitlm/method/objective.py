@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bitlm.method.codes import BinaryCode
-from megatron_bitlm.method.head import DiffusionHead, clean_estimate
-from megatron_bitlm.method.likelihood import BlockTerms, block_terms
-from megatron_bitlm.method.noise import Stream, normal, uniform
-from megatron_bitlm.method.path import (
+from .codes import BinaryCode
+from .head import DiffusionHead, clean_estimate
+from .likelihood import BlockTerms, block_terms
+from .noise import Stream, normal, uniform
+from .path import (
     LogitNormalTime,
     TabulatedTime,
     TimeLaw,

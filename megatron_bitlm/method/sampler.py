@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bitlm.method.head import DiffusionHead, Modulation, clean_estimate
-from megatron_bitlm.method.path import (
+from .head import DiffusionHead, Modulation, clean_estimate
+from .path import (
     TabulatedTime,
     log_snr,
     lone_bit_entropy_law,

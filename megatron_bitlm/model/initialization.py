@@ -79,6 +79,11 @@ def _tensor_parallel_shard(full: Tensor, name: str, dim: int, rank: int, size: i
     return torch.cat([piece.chunk(size, dim)[rank] for piece in pieces], dim)
 
 
+def initialize_module(module: nn.Module, name: str, seed: int) -> None:
+    """Draws a module that brings its own rule (`keyed_init`) as `initialize_parameters` does for the model's `name`."""
+    _reset_keyed(module, _key(seed, name))
+
+
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int) -> None:
     """Fills all parameters of a pipeline stage (a model chunk); the same for every parallel layout.

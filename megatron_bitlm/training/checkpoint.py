@@ -309,14 +309,7 @@ class CheckpointManager:
 
     def _write_beside(self, pending: _PendingSave, files: dict[str, Any]) -> None:
         aside, final = pending.aside, pending.final
-        pending.tokenizer.save(aside / TOKENIZER_FOLDER)
-        if pending.code.code_map is not None:
-            np.save(aside / CODE_MAP_FILE, pending.code.code_map)
-        others = {path.relative_to(aside).as_posix(): path for path in aside.rglob("*") if path.is_file()}
-        files |= {name: file_record(path) for name, path in others.items() if name not in files}
-        record = {"format": FORMAT, "version": VERSION, **pending.meta, "files": files}
-        write_atomic(aside / META_FILE, (json.dumps(record, indent=1) + "\n").encode())
-        _sync_folder(aside)
+        seal_checkpoint(aside, pending.meta, pending.tokenizer, pending.code, files)
         if final.exists():  # without meta.json: what is left of a checkpoint that something else damaged
             shutil.rmtree(final)
         os.replace(aside, final)
@@ -332,6 +325,32 @@ class CheckpointManager:
             doomed = old.with_name(f".{old.name}.old")
             os.replace(old, doomed)  # first out of sight: an interrupted removal must not look complete
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def seal_checkpoint(
+    folder: Path,
+    meta: dict[str, Any],
+    tokenizer: Tokenizer,
+    code: BinaryCode,
+    files: dict[str, Any] | None = None,
+) -> None:
+    """Complete a folder that holds a checkpoint's tensors: tokenizer, code map, and last meta.json with checksums.
+
+    Args:
+        folder: Step folder, or what will be renamed to it.
+        meta: Step, data identity, settings.
+        tokenizer, code: Of the data.
+        files: Records (`file_record`) of files whose checksums are known.
+    """
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    if code.code_map is not None:
+        np.save(folder / CODE_MAP_FILE, code.code_map)
+    files = dict(files or {})
+    others = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files |= {name: file_record(path) for name, path in others.items() if name not in files}
+    record = {"format": FORMAT, "version": VERSION, **meta, "files": files}
+    write_atomic(folder / META_FILE, (json.dumps(record, indent=1) + "\n").encode())
+    _sync_folder(folder)
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Hugging Face folders: checkpoints exported for transformers, and brought back."""
