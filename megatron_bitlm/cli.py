@@ -115,6 +115,18 @@ def _checkpoint(arguments: list[str]) -> None:
     run_checkpoint(arguments)
 
 
+def _export(arguments: list[str]) -> None:
+    from megatron_bitlm.hf.command import run_export
+
+    run_export(arguments)
+
+
+def _import(arguments: list[str]) -> None:
+    from megatron_bitlm.hf.command import run_import
+
+    run_import(arguments)
+
+
 def _slurm(arguments: list[str]) -> None:
     from megatron_bitlm.slurm.command import run_slurm
 
@@ -149,6 +161,8 @@ _COMMANDS: dict[str, tuple[str, Handler]] = {
     "generate": ("continue prompts with a checkpoint", _generate),
     "evaluate": ("likelihood bound of a checkpoint on a dataset", _evaluate),
     "checkpoint": ("list, verify or show the checkpoints of a run", _checkpoint),
+    "export": ("write a checkpoint as a Hugging Face folder", _export),
+    "import": ("make a checkpoint of a Hugging Face folder", _import),
     "slurm": ("submit pretraining, evaluation or preprocessing to a Slurm cluster", _slurm),
     "plan": ("memory, FLOPs and likely speed of a run on N GPUs, and layouts worth trying", _plan),
     "bench": ("compare the speed of variants", _bench),

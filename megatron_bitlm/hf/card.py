@@ -37,24 +37,28 @@ def write_model_card(path: Path, facts: CheckpointFacts, num_parameters: int, no
         **_last_figures(facts.path, step, "=" if softmax else "≤"),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    kind = "softmax baseline on a Qwen3 backbone" if softmax else "BitLM, a language model with a bitwise diffusion head"
+    kind = (
+        "softmax baseline on a Qwen3 backbone" if softmax else "BitLM, a language model with a bitwise diffusion head"
+    )
     tokenizer = f"\nNo `tokenizer.json`: {no_tokenizer}.\n" if no_tokenizer else ""
     path.write_text(
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {kind}\n\n| | |\n|---|---|\n{table}\n"
-        f"{tokenizer}\n```python\n{_usage(softmax)}```\n\nThe run's settings are in `bitlm.json`; `bitlm import` makes a "
-        "training checkpoint of this folder again.\n",
+        f"{tokenizer}\n```python\n{_usage(softmax)}```\n\nThe run's settings are in `bitlm.json`; `bitlm import` "
+        "makes a training checkpoint of this folder again.\n",
         encoding="utf-8",
     )
 
 
 def _usage(softmax: bool) -> str:
     flags = "" if softmax else ", trust_remote_code=True"
+    prompt = 'add_special_tokens=False, return_tensors="pt"'
     generate = "max_new_tokens=64" if softmax else "max_new_tokens=64, num_steps=15, guidance=1.0, seeds=[0]"
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("."{flags})\ntokenizer = AutoTokenizer.from_pretrained(".")\n'
-        'ids = tokenizer("Return the", add_special_tokens=False, return_tensors="pt").input_ids\n'
-        f"print(tokenizer.decode(model.generate(ids, {generate})[0], skip_special_tokens=True))\n"
+        f'model = AutoModelForCausalLM.from_pretrained("."{flags})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("."{flags})\n'
+        f'ids = tokenizer("Return the", {prompt}).input_ids\n'
+        f"new = model.generate(ids, {generate})\nprint(tokenizer.decode(new[0], skip_special_tokens=True))\n"
     )
 
 

@@ -33,10 +33,10 @@ from megatron_bitlm.hf.export import (
     softmax_parts,
 )
 from megatron_bitlm.hf.names import Part, backbone_parts, module_parts
-from megatron_bitlm.inference.load import CheckpointFacts, model_config
+from megatron_bitlm.inference.load import CheckpointFacts
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import DiffusionHead
-from megatron_bitlm.model.build import ModelConfig, build_input
+from megatron_bitlm.model.build import ModelConfig, build_input, model_config
 from megatron_bitlm.model.checkpoint import TOKENIZER_FOLDER, load_code, step_folder
 from megatron_bitlm.model.checkpoint_tensors import CheckpointTensorsWriter
 from megatron_bitlm.model.initialization import initialize_module
@@ -117,7 +117,9 @@ def import_folder(folder: str | Path, output: str | Path, config: RunConfig | No
         source = _exported(folder, tensors)
     elif found.get("model_type") == "qwen3":
         if config is None:
-            raise BitLMError(f"{folder} is a stock Qwen3 model: name the run that starts from it with --config RUN.yaml")
+            raise BitLMError(
+                f"{folder} is a stock Qwen3 model: name the run that starts from it with --config RUN.yaml"
+            )
         source = _stock(folder, found, tensors, config)
     else:
         raise BitLMError(
@@ -223,9 +225,7 @@ def _stock(folder: Path, found: dict[str, Any], tensors: TensorFolder, config: R
 def _new_modules(model: ModelConfig, code: BinaryCode, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Tensors of input and head as a new run of that seed begins with."""
     hidden_size = model.resolve_backbone().hidden_size
-    head = DiffusionHead(
-        model.head, num_bits=code.num_bits, block_size=model.block_size, condition_size=hidden_size
-    )
+    head = DiffusionHead(model.head, num_bits=code.num_bits, block_size=model.block_size, condition_size=hidden_size)
     modules: dict[str, nn.Module] = {"input_module": build_input(model, code, hidden_size, torch.float32), "head": head}
     for prefix, module in modules.items():
         initialize_module(module, prefix, seed)

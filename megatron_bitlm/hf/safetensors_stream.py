@@ -66,9 +66,7 @@ def write_safetensors(path: Path, plans: list[TensorPlan], tensors: Iterable[Ten
         os.fsync(file.fileno())
 
 
-def write_shards(
-    folder: Path, shards: list[tuple[str, list[TensorPlan]]], tensors: Iterator[Tensor]
-) -> dict[str, str]:
+def write_shards(folder: Path, shards: list[tuple[str, list[TensorPlan]]], tensors: Iterator[Tensor]) -> dict[str, str]:
     """Write all files, and the index where there are several; returns the file of every tensor."""
     places = {}
     for name, plans in shards:

@@ -31,7 +31,9 @@ def write_hf_tokenizer(tokenizer: Tokenizer, saved: Path, folder: Path, max_leng
         None, or why there is no such file; the model then needs the ids from elsewhere.
     """
     if tokenizer.kind == "sentencepiece":
-        return "a SentencePiece model has no exact tokenizer.json; use bitlm_tokenizer/tokenizer.model with sentencepiece"
+        return (
+            "a SentencePiece model has no exact tokenizer.json; use bitlm_tokenizer/tokenizer.model with sentencepiece"
+        )
     library = _library(tokenizer, saved)
     if library.encode(_PROBE, add_special_tokens=False).ids != tokenizer.encode(_PROBE):
         raise BitLMError(f"tokenizer {saved}: its tokenizer.json would give other ids than it does; it is not exported")
@@ -52,7 +54,10 @@ def write_hf_tokenizer(tokenizer: Tokenizer, saved: Path, folder: Path, max_leng
 def _library(tokenizer: Tokenizer, saved: Path) -> Library:
     if tokenizer.kind == "bytes":
         return _byte_level(
-            {bytes([value]): value for value in range(256)}, [], _BYTES_SPECIALS, pre_tokenizers.ByteLevel(False, False, False)
+            {bytes([value]): value for value in range(256)},
+            [],
+            _BYTES_SPECIALS,
+            pre_tokenizers.ByteLevel(False, False, False),
         )
     if isinstance(tokenizer, TiktokenTokenizer):
         ranks = tokenizer.ranks

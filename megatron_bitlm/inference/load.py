@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.model.bitlm import BitLM
-from megatron_bitlm.model.build import ModelConfig, build_chunks, unwrap
+from megatron_bitlm.model.build import ModelConfig, build_chunks, model_config, unwrap
 from megatron_bitlm.model.checkpoint import (
     CODE_MAP_FILE,
     META_FILE,
@@ -112,28 +112,6 @@ def loaded_model(checkpoint: str | Path, *, precision: str | None = None) -> Ite
         )
     finally:
         shutdown_parallel()
-
-
-def model_config(settings: dict[str, Any]) -> ModelConfig:
-    """The `model` section of a checkpoint's flat settings.
-
-    Raises:
-        BitLMError: A setting this release does not know.
-    """
-    config = ModelConfig()
-    for name, value in settings.items():
-        section, _, rest = name.partition(".")
-        if section != "model":
-            continue
-        target: Any = config
-        *path, last = rest.split(".")
-        for part in path:
-            target = getattr(target, part, None)
-        known = {f.name for f in fields(target)} if is_dataclass(target) else set()
-        if last not in known or is_dataclass(getattr(target, last)):
-            raise BitLMError(f"the checkpoint's setting {name} is unknown to this release of megatron-bitlm")
-        setattr(target, last, value)
-    return config
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -184,6 +184,28 @@ def build_chunks(
         chunk = chunk.to(state.device)
         chunks.append(Float16Module(megatron, chunk) if precision == "bf16" else chunk)
     return chunks
+
+
+def model_config(settings: dict[str, Any]) -> ModelConfig:
+    """The `model` section of a checkpoint's flat settings.
+
+    Raises:
+        BitLMError: A setting this release does not know.
+    """
+    config = ModelConfig()
+    for name, value in settings.items():
+        section, _, rest = name.partition(".")
+        if section != "model":
+            continue
+        target: Any = config
+        *path, last = rest.split(".")
+        for part in path:
+            target = getattr(target, part, None)
+        known = {f.name for f in fields(target)} if is_dataclass(target) else set()
+        if last not in known or is_dataclass(getattr(target, last)):
+            raise BitLMError(f"the checkpoint's setting {name} is unknown to this release of megatron-bitlm")
+        setattr(target, last, value)
+    return config
 
 
 def build_input(config: ModelConfig, code: BinaryCode, hidden_size: int, dtype: torch.dtype) -> torch.nn.Module:

@@ -54,8 +54,9 @@ class CheckpointTensors:
         for index, place in metadata.storage_data.items():
             self._pieces[index.fqn].append((index, place))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor.

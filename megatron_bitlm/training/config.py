@@ -31,10 +31,13 @@ class RunSection:
     Attributes:
         directory: The run's folder; made when absent, resumed when it holds this same run.
         seed: 0 <= seed < 2^32.
+        initial_checkpoint: Run folder or step folder whose weights the run starts from, for example what `bitlm import`
+            made; null starts from new weights. Steps, data and optimizer begin anew.
     """
 
     directory: str = "runs/pretrain"
     seed: int = 0
+    initial_checkpoint: str | None = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from megatron_bitlm.training.checkpoint_writing import told_by_rank_0
 from megatron_bitlm.training.config import RunConfig, flat_settings
 from megatron_bitlm.training.diagnosis import Diagnosis
 from megatron_bitlm.training.flops import device_peak, run_flops
+from megatron_bitlm.training.initial_weights import check_initial_checkpoint, load_initial_weights
 from megatron_bitlm.training.likelihood import LikelihoodReport
 from megatron_bitlm.training.optimizer import gradient_norms_by_part
 from megatron_bitlm.training.run_folder import RunFolder
@@ -102,6 +104,9 @@ def check_run(config: RunConfig, folder: RunFolder, world_size: int | None = Non
     )
     whole_validation_batches(config, available, config.parallel.data_parallel_size(world_size))
     folder.check(config)
+    initial = check_initial_checkpoint(config)
+    if initial is not None:
+        check_same_data(initial, facts)
     for _, path in reversed(complete_checkpoints(folder.checkpoints)):
         try:
             meta = read_meta(path)
@@ -148,6 +153,7 @@ class Loop:
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.flops_share = flops * self.tokens_per_step / (peak * session.state.world_size) if peak else None
         self.validation: LikelihoodReport | None = None
+        self.initial: Path | None = None
         self.skipped = SkippedSteps(config.anomalies.max_consecutive_skips)
         self.rewinds = Rewinds()
         self.losses: list[float] = []  # of the steps that were not skipped, on the main process
@@ -310,6 +316,8 @@ class Loop:
         meta = self.session.checkpoints.load_latest(self._warn)
         step = int(meta["step"]) if meta else 0
         self.skipped = SkippedSteps(self.session.config.anomalies.max_consecutive_skips)
+        if meta is None:
+            self.initial = load_initial_weights(self.session.config, self.session.chunks, self.session.optimizer)
         if meta is not None and "skipped_steps" in meta:  # checkpoints of the first versions have none
             self.skipped.restore(meta["skipped_steps"])
         if meta is not None and len(meta.get("rewinds", [])) > len(self.rewinds.entries):
@@ -330,6 +338,8 @@ class Loop:
         config = self.session.config
         training, device = config.training, self.session.state.device
         lines = [describe_choices(config.model, device, training.precision, training.fp8)]
+        if self.initial is not None:
+            lines.append(f"starts from the weights of {self.initial}")
         if start:
             lines.append(f"resumed {self.folder.path} at step {start}")
         for callback in self.callbacks:

@@ -197,7 +197,9 @@ class BitLMForCausalLM(PreTrainedModel):
         sampler = BlockSampler(self.head, SamplerConfig(**{**self.config.sampler, **settings}))
         rows = [self._continue(p, max_new_tokens, seed, sampler) for p, seed in zip(prompts, seeds, strict=True)]
         longest = max(len(row) for row in rows)
-        new = torch.tensor([row + [self.config.eos_token_id] * (longest - len(row)) for row in rows], device=self.device)
+        new = torch.tensor(
+            [row + [self.config.eos_token_id] * (longest - len(row)) for row in rows], device=self.device
+        )
         return new if input_ids is None else torch.cat([input_ids.to(self.device), new], 1)
 
     def _continue(self, prompt: list[int], max_new_tokens: int, seed: int, sampler: BlockSampler) -> list[int]:
