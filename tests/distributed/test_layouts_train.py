@@ -6,8 +6,13 @@ gradients of the backbone in float64.
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_bitlm.hf.export import export
+from megatron_bitlm.inference.generate import Generator
 from megatron_bitlm.inference.load import loaded_model
+from megatron_bitlm.method.sampler import SamplerConfig
+from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.training.trainer import pretrain
 from tests.distributed.train_run import run_all
 from tests.distributed_harness import free_port, run_ranks
@@ -101,3 +106,23 @@ def test_one_process_reads_the_checkpoint_of_two(name, two_ranks, one_process):
         # The bias of the keys shifts all scores alike: its gradient is rounding, and Adam makes whole steps of that.
         bound = 2 * NUM_STEPS * 1e-3 if key.endswith("qkv.bias") else 2e-5
         assert (found[key] - value).abs().max() < bound, key
+
+
+@pytest.mark.parametrize("name", FOUR_RANKS)
+def test_the_export_of_four_ranks_computes_the_same(name, four_ranks, tmp_path):
+    folder = export(four_ranks[name], tmp_path / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = torch.randint(0, 256, (3, 32), generator=torch.Generator().manual_seed(0))
+    prompts, seeds = [[1, 2, 3], list(b"abcdefgh")], [7, 8]
+    with loaded_model(four_ranks[name]) as loaded, torch.no_grad():
+        layout = SequenceLayout.from_batch(None, 3, 32, 4)
+        states = loaded.model.states(loaded.code.encode(ids), layout).transpose(0, 1)
+        torch.testing.assert_close(exported(ids).last_hidden_state, states, rtol=0, atol=1e-5)
+        sampler = SamplerConfig(guidance=2.0)
+        generator = Generator(
+            loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler
+        )
+        expected = [row.ids for row in generator.generate(prompts, max_new_tokens=8, seeds=seeds)]
+    for prompt, seed, ids in zip(prompts, seeds, expected, strict=True):
+        new = exported.generate(torch.tensor([prompt]), max_new_tokens=8, seeds=[seed], guidance=2.0)
+        assert new[0, len(prompt) :].tolist()[: len(ids)] == ids
