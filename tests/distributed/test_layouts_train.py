@@ -119,9 +119,7 @@ def test_the_export_of_four_ranks_computes_the_same(name, four_ranks, tmp_path):
         states = loaded.model.states(loaded.code.encode(ids), layout).transpose(0, 1)
         torch.testing.assert_close(exported(ids).last_hidden_state, states, rtol=0, atol=1e-5)
         sampler = SamplerConfig(guidance=2.0)
-        generator = Generator(
-            loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler
-        )
+        generator = Generator(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler)
         expected = [row.ids for row in generator.generate(prompts, max_new_tokens=8, seeds=seeds)]
     for prompt, seed, ids in zip(prompts, seeds, expected, strict=True):
         new = exported.generate(torch.tensor([prompt]), max_new_tokens=8, seeds=[seed], guidance=2.0)
