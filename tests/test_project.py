@@ -48,7 +48,9 @@ def used_modules(source: str) -> set[str]:
                 bound = name.asname or name.name.partition(".")[0]
                 aliases[bound] = name.name if name.asname else bound
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports are not used in this project"
+            if node.level:
+                used.add(f"{'.' * node.level}{node.module}")
+                continue
             used.update(f"{node.module}.{name.name}" for name in node.names)
             aliases.update({name.asname or name.name: f"{node.module}.{name.name}" for name in node.names})
         elif isinstance(node, ast.Attribute) and (name := dotted_name(node)):
@@ -89,9 +91,17 @@ def test_engine_imports_stay_in_their_rooms(module):
         assert not uses(module, "torch.distributed"), "torch.distributed belongs to parallel/ and training/"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_only_files_that_travel_together_import_each_other_relatively(module):
+    relative = {name for name in used_modules((PACKAGE / module).read_text(encoding="utf-8")) if name.startswith(".")}
+    assert not relative or module.startswith(("method/", "hf/remote/"))
+    assert not any(name.startswith("..") for name in relative)
+
+
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("method/")])
 def test_method_needs_torch_and_numpy_only(module):
-    packages = {name.partition(".")[0] for name in used_modules((PACKAGE / module).read_text(encoding="utf-8"))}
+    used = used_modules((PACKAGE / module).read_text(encoding="utf-8"))
+    packages = {name.partition(".")[0] for name in used if not name.startswith(".")}
     assert packages <= METHOD_PACKAGES | METHOD_PACKAGES_OF.get(module, set())
     assert not uses(module, "megatron_bitlm.errors"), "method/ raises plain ValueError"
 

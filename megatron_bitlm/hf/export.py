@@ -26,7 +26,7 @@ from megatron_bitlm.method.objective import ObjectiveConfig
 from megatron_bitlm.method.sampler import SamplerConfig
 from megatron_bitlm.model.build import build_input
 from megatron_bitlm.model.checkpoint import CODE_MAP_FILE, TOKENIZER_FOLDER
-from megatron_bitlm.model.checkpoint_tensors import CheckpointTensors
+from megatron_bitlm.parallel.checkpoint_tensors import CheckpointTensors
 
 FORMAT, VERSION, DESCRIPTION_FILE = "bitlm-hf", 1, "bitlm.json"
 METHOD_FILES = ("blocks", "codes", "head", "likelihood", "noise", "objective", "path", "sampler")

@@ -38,8 +38,8 @@ from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import DiffusionHead
 from megatron_bitlm.model.build import ModelConfig, build_input, model_config
 from megatron_bitlm.model.checkpoint import TOKENIZER_FOLDER, load_code, step_folder
-from megatron_bitlm.model.checkpoint_tensors import CheckpointTensorsWriter
 from megatron_bitlm.model.initialization import initialize_module
+from megatron_bitlm.parallel.checkpoint_tensors import CheckpointTensorsWriter
 from megatron_bitlm.training.checkpoint import seal_checkpoint
 from megatron_bitlm.training.config import RunConfig, flat_settings
 from megatron_bitlm.training.session import read_data_facts

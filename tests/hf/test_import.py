@@ -15,7 +15,7 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.hf.export import export
 from megatron_bitlm.hf.restore import import_folder
 from megatron_bitlm.inference.load import loaded_model
-from megatron_bitlm.model.checkpoint_tensors import CheckpointTensors
+from megatron_bitlm.parallel.checkpoint_tensors import CheckpointTensors
 from tests.training_runs import SETTINGS, read_metrics, run_config, run_settings, train
 
 
