@@ -5,6 +5,7 @@ The loop knows callbacks by the small protocol below, callbacks know records by 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
+
+from megatron_bitlm.errors import BitLMError
 
 Record = dict[str, Any]
 
@@ -43,9 +46,21 @@ class MetricsFile:
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held over the run)
 
     def on_step(self, record: Record) -> None:
-        """Append and flush: a killed run keeps its curve."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        """Append and flush: a killed run keeps its curve.
+
+        Raises:
+            BitLMError: The disk is full, say; a curve with holes would not be the run's.
+        """
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            file, self.file = self.file, None
+            with contextlib.suppress(OSError):  # it tries once more to write
+                file.close()
+            raise BitLMError(
+                f"{self.path} cannot be written ({error}); checkpoints are kept, make room and resume the run"
+            ) from error
 
     def on_message(self, text: str) -> None:
         """Nothing to record."""
@@ -70,10 +85,15 @@ class TensorBoard:
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def on_step(self, record: Record) -> None:
-        """Add scalars."""
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        """Add scalars; metrics.jsonl has all of them, so a disk that is full only ends this."""
+        if self.writer is None:
+            return
+        try:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.writer.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        except OSError as error:
+            self._give_up(error)
 
     def on_message(self, text: str) -> None:
         """Nothing to record."""
@@ -81,7 +101,14 @@ class TensorBoard:
     def on_end(self) -> None:
         """Flush and close."""
         if self.writer is not None:
-            self.writer.close()
+            try:
+                self.writer.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.writer = None
+        print(f"warning: no more events in {self.folder}: {error}", file=sys.stderr, flush=True)
 
 
 class Progress:

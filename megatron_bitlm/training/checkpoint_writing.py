@@ -10,6 +10,7 @@ keeps for all saves (`persistent=True`) would get CPU tensors in shared memory, 
 from __future__ import annotations
 
 import gc
+import io
 import os
 import queue
 import signal
@@ -31,8 +32,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_bitlm.data.files import sha256_file
 from megatron_bitlm.parallel.processes import Outbox, end_with_parent
 
-# Disk full is an OSError, or a RuntimeError where torch's C++ writer was the first to notice.
-_WRITE_ERRORS = (OSError, RuntimeError)
 _BACKEND, _BACKEND_VERSION = "torch_dist", 1
 FileRecord = dict[str, Any]
 
@@ -69,9 +68,11 @@ class TensorWriter(TorchDistSaveShardedStrategy):
         sharded, common = save_preprocess(state)
         error = None
         if dist.get_rank() == 0:
+            content = io.BytesIO()  # writing to a full disk, torch would name a line of its own instead of the disk
+            torch.save(common, content)
             try:
-                torch.save(common, self.folder / COMMON_STATE_FNAME)
-            except _WRITE_ERRORS as caught:
+                (self.folder / COMMON_STATE_FNAME).write_bytes(content.getvalue())
+            except OSError as caught:
                 error = str(caught)
         error = told_by_rank_0(error)
         if error is not None:

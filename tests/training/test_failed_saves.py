@@ -15,6 +15,7 @@ from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.model.checkpoint import complete_checkpoints
 from megatron_bitlm.training import checkpoint as checkpoint_module
+from megatron_bitlm.training.callbacks import MetricsFile, TensorBoard
 from megatron_bitlm.training.config import RunConfig
 from megatron_bitlm.training.trainer import pretrain
 from tests.distributed_harness import run_ranks
@@ -55,7 +56,7 @@ def fill_disk(monkeypatch, places: dict[int, str]) -> None:
 
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(write_tensors))
     for owner, name, path_of, place in (
-        (torch, "save", lambda item, file, **_: file, "what is not sharded"),
+        (Path, "write_bytes", lambda self, *_: self, "what is not sharded"),
         (FileSystemWriterAsync, "finish", lambda self, *_: self.checkpoint_dir, "index"),
         (Tokenizer, "save", lambda self, path: path, "tokenizer"),
         (checkpoint_module, "write_atomic", lambda path, content: path, "meta"),
@@ -172,3 +173,31 @@ def test_all_ranks_hear_of_one_that_cannot_write(tmp_path, dataset, asynchronous
     errors = run_ranks(one_rank_fails, 2, config)
     assert errors[0] == errors[1] and "step_00000002 was not written" in errors[0]
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["latest", "step_00000001"]
+
+
+class FullFile:
+    """An open file on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise full("metrics.jsonl")
+
+    def close(self) -> None:
+        raise full("metrics.jsonl")
+
+
+def test_a_record_that_cannot_be_written_is_one_sentence(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.file = FullFile()
+    with pytest.raises(BitLMError, match="metrics.jsonl cannot be written .*No space left on device"):
+        metrics.on_step({"step": 1})
+    metrics.on_end()
+
+
+def test_tensorboard_is_given_up_with_a_warning(tmp_path, monkeypatch, capsys):
+    events = TensorBoard(tmp_path / "tensorboard")
+    events.on_start(0, 2)
+    monkeypatch.setattr(events.writer, "add_scalar", failing(print, lambda *_: tmp_path, lambda path: True))
+    for step in (1, 2):
+        events.on_step({"step": step, "loss": 1.0})
+    events.on_end()
+    assert capsys.readouterr().err.count("no more events in") == 1
