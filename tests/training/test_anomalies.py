@@ -28,7 +28,6 @@ QKV = "layers.0.self_attention.linear_qkv.weight"
 TENSOR, PIPELINE = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
 LAYOUTS = {
     "TP2": {TENSOR: 2},
-    "TP2 SP": {TENSOR: 2, "parallel__sequence_parallel": True},
     "PP2": {PIPELINE: 2},
     "DP2": {"parallel__use_distributed_optimizer": False},
     "DP2 distributed optimizer": {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True},
