@@ -48,7 +48,8 @@ def test_inspect_shows_the_corpus_again(place, capsys):
 
 
 def test_pretrain_leaves_a_whole_run(trained):
-    assert {path.name for path in trained.iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"}
+    left = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock"}
+    assert {path.name for path in trained.iterdir()} == left
     records = read_metrics(trained)
     assert [record["step"] for record in records] == list(range(1, 13))
     assert records[-1]["loss"] < records[0]["loss"]

@@ -141,10 +141,10 @@ def build_chunks(
     config.validate()
     backbone = config.resolve_backbone()
     implementation = resolve_implementation(config, state.device)
-    _check_attention(config, state.device, precision)
     if fp8 is not None:
         require_fp8(fp8, implementation)
     megatron = transformer_config(backbone, state.config, precision=precision, implementation=implementation, fp8=fp8)
+    _check_attention(config, state.device, megatron.params_dtype)
     chunks = []
     for index in range(state.num_chunks):
         stage = state.virtual_stage(index)
@@ -273,9 +273,8 @@ def describe_choices(
     return f"on {device}, {precision}: {layers} layers{reason}, {describe_backend(attention, device)}{why}"
 
 
-def _check_attention(config: ModelConfig, device: torch.device, precision: Precision) -> None:
-    head_dim = config.resolve_backbone().head_dim
-    obstacle = backend_obstacle(config.attention_backend, device, PRECISIONS[precision], head_dim)
+def _check_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    obstacle = backend_obstacle(config.attention_backend, device, dtype, config.resolve_backbone().head_dim)
     if obstacle is not None:
         raise BitLMError(
             f"model.attention_backend is {config.attention_backend}, which cannot run: {obstacle}; set it to auto"
