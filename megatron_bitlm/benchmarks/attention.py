@@ -5,13 +5,15 @@ The contestants take turns in one process, so that a change of clock or load mee
 - ``fast``: causal flash attention with the in-block correction, this package's default;
 - ``masked_sdpa``: PyTorch's SDPA with the block-causal mask of the documents, made beforehand;
 - ``causal_same_documents``: the causal part of ``fast`` alone (block size 1), what the correction adds to;
-- ``causal_sdpa``: PyTorch's plain causal SDPA over whole rows, blind to documents.
+- ``causal_sdpa``: PyTorch's plain causal SDPA over whole rows, blind to documents;
+- any further backend of this package by its name, where asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from megatron_bitlm.benchmarks.report import check_output, describe_device, make
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.attention import (
     BlockCausalLayout,
+    backend_obstacle,
     block_causal_attention,
     block_causal_mask,
     choose_backend,
@@ -53,6 +56,8 @@ class AttentionBenchmark(BenchmarkConfig):
         block_size: m.
         mean_document_tokens: Mean length of documents, geometrically distributed; 0 makes each row one document.
         dtype: float32, float64, bfloat16 or float16.
+        backends: Further backends of the same attention to time, each as a contestant of its name; what cannot run
+            here is left out, and the report says why.
         memory: Also measure each contestant's peak memory, in a process of its own.
         seed: Of inputs and documents.
         num_repetitions: Turns that are counted.
@@ -66,6 +71,7 @@ class AttentionBenchmark(BenchmarkConfig):
     block_size: int = 4
     mean_document_tokens: int = 0
     dtype: str = "float32"
+    backends: list[str] = field(default_factory=list)
     memory: bool = False
     seed: int = 0
     num_repetitions: int = 7
@@ -86,21 +92,28 @@ def bench_attention(settings: AttentionBenchmark, output: Path | None = None) ->
     try:
         layout = _layout(settings)
         _check_heads(settings)
+        left_out = _left_out(settings, device, dtype)
     except ValueError as error:
         raise BitLMError(f"the attention benchmark cannot run: {error}") from error
-    peaks = {name: peak_memory(build_call, settings, name, device) for name in _CONTESTANTS} if settings.memory else {}
-    turns = take_turns(_contestants(settings, layout, device), settings, device)
+    names = [*_CONTESTANTS, *(name for name in settings.backends if name not in left_out)]
+    peaks = {name: peak_memory(build_call, settings, name, device) for name in names} if settings.memory else {}
+    turns = take_turns(_contestants(settings, layout, device, names), settings, device)
     tokens = float(settings.batch_size * settings.seq_len)
-    comparison = Comparison("fast", turns, dict.fromkeys(_CONTESTANTS, tokens), "tokens", peaks)
+    comparison = Comparison("fast", turns, dict.fromkeys(names, tokens), "tokens", peaks)
     num_documents = len(layout.cu_seqlens) - 1
-    facts = {"backend": choose_backend(device, dtype, settings.head_dim), "num_documents": num_documents}
+    facts = {
+        "backend": choose_backend(device, dtype, settings.head_dim),
+        "num_documents": num_documents,
+        "left_out": left_out,
+    }
     title = (
         f"attention forward + backward: {settings.batch_size} x {settings.seq_len} tokens, {num_documents} documents, "
         f"{settings.num_heads}/{settings.num_kv_heads} heads of {settings.head_dim}, m = {settings.block_size}, "
         f"{settings.dtype}, fast is {facts['backend']}"
     )
     report = make_report("attention", settings, machine, comparison, facts)
-    return publish(report, f"{title}\n{comparison.table()}", output)
+    lines = [title, comparison.table(), *(f"{name} left out: {reason}" for name, reason in left_out.items())]
+    return publish(report, "\n".join(lines), output)
 
 
 def build_call(settings: AttentionBenchmark, name: str) -> Callable[[], object]:
@@ -121,6 +134,18 @@ def _layout(settings: AttentionBenchmark) -> BlockCausalLayout:
     ends = np.cumsum(lengths) * settings.block_size
     row_starts = range(0, num_tokens + 1, settings.seq_len)
     return BlockCausalLayout.build(*rows, sorted({*ends[ends < num_tokens].tolist(), *row_starts}))
+
+
+def _left_out(settings: AttentionBenchmark, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Why backends that were asked for cannot run here.
+
+    Raises:
+        ValueError: One that does not exist.
+    """
+    found = {name: backend_obstacle(name, device, dtype, settings.head_dim) for name in settings.backends}
+    if device.type == "cpu" and "flex" in found:
+        found["flex"] = "FlexAttention has no backward pass on a CPU"
+    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
 
 
 def _check_heads(settings: AttentionBenchmark) -> None:
@@ -156,8 +181,8 @@ def _contestants(
     def forward_backward(attend: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attend(), (q, k, v), grad_out)
 
-    def block_causal(layout: BlockCausalLayout) -> Tensor:
-        return block_causal_attention(q, k, v, block_size=layout.block_size, cu_seqlens=layout)
+    def block_causal(layout: BlockCausalLayout, backend: str = "auto") -> Tensor:
+        return block_causal_attention(q, k, v, block_size=layout.block_size, cu_seqlens=layout, backend=backend)
 
     attends: dict[str, Callable[[], Tensor]] = {
         "fast": lambda: block_causal(layout),
@@ -165,6 +190,8 @@ def _contestants(
         "causal_same_documents": lambda: block_causal(causal_layout),
         "causal_sdpa": lambda: sdpa(None),
     }
+    for backend in settings.backends:
+        attends[backend] = partial(block_causal, layout, backend)
     return {name: forward_backward(attends[name]) for name in names}
 
 

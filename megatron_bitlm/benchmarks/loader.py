@@ -25,7 +25,7 @@ from megatron_bitlm.benchmarks.harness import BenchmarkConfig, Comparison, take_
 from megatron_bitlm.benchmarks.memory import resident_bytes
 from megatron_bitlm.benchmarks.report import check_output, describe_device, make_report, publish
 from megatron_bitlm.data.card import read_card
-from megatron_bitlm.data.packing import DataConfig, SampleLoader, build_datasets
+from megatron_bitlm.data.packing import DataConfig, SampleLoader, build_datasets, quiet_megatron
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.parallel.processes import end_with_parent
 
@@ -150,7 +150,8 @@ def _megatron_samples(settings: LoaderBenchmark, prefix: str) -> Any:
         create_attention_mask=False,
     )
     sizes = [settings.num_samples_in_all, 0, 0]
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+    with quiet_megatron():
+        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
 
 
 def _turn(settings: LoaderBenchmark, batches: Iterator[Any]) -> Callable[[], object]:

@@ -28,6 +28,7 @@ from megatron_bitlm.model.build import HAVE_TE
 _TESTS = Path(__file__).parents[2] / "tests"
 _FP8_CAPABILITY = (8, 9)
 _TESTS_NAME = "tests"
+_ATTENTION_BACKENDS = "[flash,flash_eager,flash_attn2,flash_attn3,transformer_engine,flex]"
 
 
 @dataclass(kw_only=True)
@@ -119,7 +120,8 @@ def all_parts(with_fp8: bool) -> list[Part]:
             name = f"attention-{sequence_length}" + ("-packed" if document_tokens else "")
             sizes = {"seq_len": sequence_length, "batch_size": 16_384 // sequence_length, "dtype": "bfloat16"}
             heads = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
-            parts.append(_part(name, "attention", **sizes, **heads, mean_document_tokens=document_tokens))
+            documents = {"mean_document_tokens": document_tokens, "backends": _ATTENTION_BACKENDS}
+            parts.append(_part(name, "attention", **sizes, **heads, **documents))
     for hidden_size in (1024, 4096):
         parts.append(_part(f"head-{hidden_size}", "head", hidden_size=hidden_size, num_tokens=8192))
     small = {"preset": "0.6B", "num_layers": 0, "sequence_length": 4096, "micro_batch_size": 2, "num_micro_batches": 2}

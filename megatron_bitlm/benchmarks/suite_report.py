@@ -43,6 +43,8 @@ def _section(found: dict[str, Any]) -> Iterator[str]:
     yield "|---|" + "---|" * 7
     for name, figures in report["variants"].items():
         yield _row(name, figures, report["facts"].get(name))
+    for name, reason in report["facts"].get("left_out", {}).items():
+        yield f"\n{name} was left out: {reason}."
 
 
 def _row(name: str, figures: dict[str, Any], facts: Any) -> str:

@@ -329,7 +329,7 @@ def _build_split(
     )
     sample_config.split_matrix = [(parts[0].begin, parts[0].end) if split is which else None for split in Split]
     sizes = [size if split is which else (None if shares is None else 0) for split in Split]
-    with _quiet_megatron():
+    with quiet_megatron():
         builder = BlendedMegatronDatasetBuilder(PackedSamples, sizes, is_built_on_rank, sample_config)
         return builder.build()[which.value]
 
@@ -369,7 +369,7 @@ def _within_one_pass(num_samples: int, weights: list[float], parts: list[_Part],
 
 
 @contextlib.contextmanager
-def _quiet_megatron() -> Iterator[None]:
+def quiet_megatron() -> Iterator[None]:
     """Without Megatron's warnings that indices are not cached, which is what was asked for."""
     logger = logging.getLogger("megatron.core.datasets")
     level = logger.level

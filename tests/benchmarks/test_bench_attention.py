@@ -34,6 +34,14 @@ def test_masked_attention_needs_the_memory_of_its_mask():
     assert masked > fast + 4096 * 4096 * 4
 
 
+def test_further_backends(capsys):
+    settings = AttentionBenchmark(**SMALL, backends=["dense", "flash_attn3", "flex"])
+    report = bench_attention(settings)
+    assert list(report["variants"])[4:] == ["dense"]
+    assert report["facts"]["left_out"].keys() == {"flash_attn3", "flex"}
+    assert "flex left out: FlexAttention has no backward pass on a CPU" in capsys.readouterr().out
+
+
 def test_command(tmp_path, capsys):
     output = tmp_path / "new" / "figures.json"
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
@@ -50,6 +58,7 @@ def test_bad_settings_are_refused():
         ({"mean_document_tokens": 3}, "shorter than a block"),
         ({"num_repetitions": 0}, "num_repetitions"),
         ({"num_warmup": -1}, "num_warmup"),
+        ({"backends": ["slow"]}, "unknown attention backend 'slow'"),
         ({"num_kv_heads": 3}, "4 heads cannot share 3"),
     ]:
         with pytest.raises(BitLMError, match=message):
