@@ -168,4 +168,12 @@ def _write_file(transforms: list, bucket: tuple) -> Share:
             raise outcome
         return Share(outcome, {name: file_record(Path(path))})
     except Exception as error:  # it travels to the training process
-        return Share(error=str(error) or type(error).__name__)
+        return Share(error=_reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, where torch's own error while it closed the file came after it."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return str(found or error) or type(error).__name__

@@ -1,6 +1,7 @@
 """A checkpoint that cannot be written, wherever the disk is full, costs nothing but itself."""
 
 import errno
+import io
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.model.checkpoint import complete_checkpoints
 from megatron_bitlm.training import checkpoint as checkpoint_module
 from megatron_bitlm.training.callbacks import MetricsFile, TensorBoard
+from megatron_bitlm.training.checkpoint_writing import _reason
 from megatron_bitlm.training.config import RunConfig
 from megatron_bitlm.training.trainer import pretrain
 from tests.distributed_harness import run_ranks
@@ -63,6 +65,23 @@ def fill_disk(monkeypatch, places: dict[int, str]) -> None:
         (Path, "mkdir", lambda self, *_, **__: self, "folder"),
     ):
         monkeypatch.setattr(owner, name, failing(getattr(owner, name), path_of, doomed(place)))
+
+
+class FullStream(io.BytesIO):
+    """Takes some bytes and no more, as a disk does that fills up meanwhile."""
+
+    def write(self, content) -> int:
+        if self.tell() + len(content) > 500:
+            raise full("stream")
+        return super().write(content)
+
+
+def test_the_system_s_reason_is_told_not_torch_s():
+    try:
+        torch.save(torch.ones(10_000), FullStream())
+    except Exception as error:
+        assert _reason(error).startswith("[Errno 28] No space left on device")
+    assert _reason(KeyError()) == "KeyError"
 
 
 def assert_same_tensors(ours: Path, theirs: Path, step: int) -> None:
