@@ -25,7 +25,7 @@ MEGATRON_ROOMS += ("benchmarks/preprocess.py", "benchmarks/loader.py")  # they t
 DISTRIBUTED_ROOMS = ("parallel/", "training/")
 METHOD_PACKAGES = {"torch", "numpy", "megatron_bitlm"} | sys.stdlib_module_names
 # Imported by the others only where a GPU asks for it.
-METHOD_PACKAGES_OF = {"method/attention_triton.py": {"triton"}}
+METHOD_PACKAGES_OF = {f"method/{name}_triton.py": {"triton"} for name in ("attention", "slot_attention")}
 
 
 def dotted_name(node: ast.AST) -> str | None:

@@ -29,7 +29,7 @@ from megatron_bitlm.model.checkpoint import CODE_MAP_FILE, TOKENIZER_FOLDER
 from megatron_bitlm.parallel.checkpoint_tensors import CheckpointTensors
 
 FORMAT, VERSION, DESCRIPTION_FILE = "bitlm-hf", 1, "bitlm.json"
-METHOD_FILES = ("blocks", "codes", "head", "likelihood", "noise", "objective", "path", "sampler")
+METHOD_FILES = ("blocks", "codes", "head", "likelihood", "noise", "objective", "path", "sampler", "slot_attention")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 

@@ -42,7 +42,7 @@ def merge_later_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, 
         ValueError: a block size that is not 2 to 64, tokens that are not whole blocks, or tensors that are not
             contiguous.
     """
-    grid, options = _launch(q, k, block_size, (q, k, v, out, lse))
+    grid, options = launch(q, k, block_size, (q, k, v, out, lse))
     _merge_kernel[grid](q, k, v, out, lse, q.shape[0], scale, **options)
 
 
@@ -73,13 +73,14 @@ def add_later_key_grads(
     Raises:
         ValueError: as ``merge_later_keys``.
     """
-    grid, options = _launch(q, k, block_size, (*grads, grad_out, q, k, v, out, lse))
+    grid, options = launch(q, k, block_size, (*grads, grad_out, q, k, v, out, lse))
     _grads_kernel[grid](q, k, v, out, lse, grad_out, *grads, q.shape[0], scale, **options)
 
 
-def _launch(
+def launch(
     q: Tensor, k: Tensor, block_size: int, tensors: tuple[Tensor, ...]
 ) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of either kernel for q [T, H, D] and k [T, P, D], after checking what they are given."""
     num_tokens, num_heads, head_dim = q.shape
     if not 2 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .path import lone_bit_logit
+from .slot_attention import slot_attention
 
 LinearFactory = Callable[[int, int], nn.Module]
 ContextFactory = Callable[[], AbstractContextManager[object]]
@@ -109,8 +110,8 @@ class DiffusionHead(nn.Module):
         self.layers = nn.ModuleList(
             HeadLayer(width, attention_head_dim(config, width), linear) for _ in range(config.num_layers)
         )
-        self.modulations = nn.ModuleList(linear(width, 6 * width) for _ in range(config.num_modulation_groups))
-        self.final_modulation = linear(width, 2 * width)
+        # All groups and the final one side by side: one matrix product for every modulation of a block.
+        self.modulations = linear(width, sum(self._modulation_sizes))
         self.output = nn.Linear(width, num_bits)
         self.reset_parameters()
 
@@ -123,7 +124,7 @@ class DiffusionHead(nn.Module):
                 nn.init.zeros_(parameter)
             elif name.startswith(("time_", "null_", "slot_")):
                 nn.init.normal_(parameter, std=0.02)
-            elif name.startswith(("modulations.", "final_modulation.")):
+            elif name.startswith("modulations."):
                 nn.init.normal_(parameter, std=self.config.adaln_init_std)
             else:
                 nn.init.xavier_uniform_(parameter)
@@ -158,7 +159,8 @@ class DiffusionHead(nn.Module):
         """AdaLN tensors for condition `embedded` [..., N, M, W] at `time` [..., N]; independent of a_t."""
         features = time_features(time).to(embedded.dtype)
         y = F.silu(self.time_out(F.silu(self.time_in(features)))[..., None, :] + embedded)
-        return Modulation([group(y) for group in self.modulations], self.final_modulation(y))
+        *groups, final = self.modulations(y).split(self._modulation_sizes, -1)
+        return Modulation(groups, final)
 
     def denoise(self, noisy: Tensor, time: Tensor, modulation: Modulation) -> Tensor:
         """Output logits [..., M, K] in float32 of a_t [..., M, K] at `time` [...] under `modulation`."""
@@ -168,7 +170,7 @@ class DiffusionHead(nn.Module):
         if self.slot_embedding is not None:
             x = x + self.slot_embedding.to(dtype)
         x = x.reshape(-1, self.block_size, self.width)
-        per_group = len(self.layers) // len(self.modulations)
+        per_group = len(self.layers) // self.config.num_modulation_groups
         for index, layer in enumerate(self.layers):
             mod = modulation.groups[index // per_group].reshape(-1, self.block_size, 6 * self.width)
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -181,6 +183,10 @@ class DiffusionHead(nn.Module):
         if self.config.parameterization == "matched_filter":
             logits = logits + lone_bit_logit(noisy.float(), time.float())
         return logits
+
+    @property
+    def _modulation_sizes(self) -> list[int]:
+        return [6 * self.width] * self.config.num_modulation_groups + [2 * self.width]
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         return nullcontext(), self.recompute_context()
@@ -214,15 +220,10 @@ class HeadLayer(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """[N, M, W] -> [N, M, W] with `modulation` [N, M, 6W] = (scale, shift, gate) for attention, then MLP."""
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self._attention(self.attention_norm(x) * (1 + scale1) + shift1)
+        normed = self.attention_norm(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.projection(slot_attention(self.qkv(normed), self.num_heads))
         gate, up = self.gate_up(self.mlp_norm(x) * (1 + scale2) + shift2).chunk(2, dim=-1)
         return x + gate2 * self.down(F.silu(gate) * up)
-
-    def _attention(self, x: Tensor) -> Tensor:
-        n, m, w = x.shape
-        q, k, v = self.qkv(x).view(n, m, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.projection(out.transpose(1, 2).reshape(n, m, w))
 
 
 def time_features(time: Tensor) -> Tensor:

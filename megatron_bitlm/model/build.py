@@ -16,6 +16,7 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.attention import backend_obstacle, choose_backend, describe_backend, flash_obstacle
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import HeadConfig, check_head_config
+from megatron_bitlm.method.slot_attention import fused_slot_obstacle
 from megatron_bitlm.model.backbone import Backbone, block_spec, transformer_config
 from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.fp8 import Fp8Config, head_context, head_linear, require_fp8
@@ -270,7 +271,15 @@ def describe_choices(
     why = f" ({obstacle})" if obstacle and config.attention_backend == "auto" else ""
     if fp8 is not None and fp8.enabled:
         precision = f"{precision} with FP8 products ({fp8.recipe}, {fp8.format})"
-    return f"on {device}, {precision}: {layers} layers{reason}, {describe_backend(attention, device)}{why}"
+    slots = "" if config.output == "softmax" else f", {_describe_slots(device, dtype, config.block_size)}"
+    return f"on {device}, {precision}: {layers} layers{reason}, {describe_backend(attention, device)}{why}{slots}"
+
+
+def _describe_slots(device: torch.device, dtype: torch.dtype, block_size: int) -> str:
+    obstacle = fused_slot_obstacle(device, dtype, block_size)
+    if obstacle is None:
+        return "attention of the head's slots in Triton"
+    return f"attention of the head's slots through PyTorch{f' ({obstacle})' if device.type == 'cuda' else ''}"
 
 
 def _check_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:

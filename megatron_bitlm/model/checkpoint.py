@@ -20,7 +20,7 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.parallel.safe_loading import load_sharded
 
-FORMAT, VERSION = "bitlm-checkpoint", 1
+FORMAT, VERSION = "bitlm-checkpoint", 2
 META_FILE, TOKENIZER_FOLDER, CODE_MAP_FILE = "meta.json", "tokenizer", "code_map.npy"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 

@@ -4,7 +4,7 @@ The counts follow the code (they are compared with the storages that autograd re
     layer      two inputs and two outputs of norms; query/key/value projection; query before its norm, where it is a
                copy; rotated query and key, value, attention output (once more where the batch is transposed); the
                SwiGLU's inner tensors; fp32 scales of the norms and the attention's log-sum-exp.
-    head       a copy's layer keeps 20 widths, the modulations 6 a group, y and the last norm 6 more.
+    head       a copy's layer keeps 20 widths, the modulations 6 a group and 2, y and the last norm 6 more.
     softmax    the input of its output layer, and all probabilities in fp32, which backward turns into gradients.
 Shape legend: D hidden, F inner width, A query channels, P key/value channels, W head width, K bits, M slots.
 """
@@ -121,7 +121,7 @@ def _head(config: RunConfig, num_bits: int, element: int) -> tuple[float, float,
     head, hidden = config.model.head, config.model.resolve_backbone().hidden_size
     copies, width = config.objective.samples_per_block, head.width or hidden
     layer = _HEAD_LAYER_WIDTHS * width * element + _FP32_BYTES * (4 + width / attention_head_dim(head, width))
-    modulations = 6 * head.num_modulation_groups * width * element
+    modulations = (6 * head.num_modulation_groups + 2) * width * element  # one tensor, kept whole
     gradients = 6 if head.activation_checkpointing else 2  # a checkpointed layer's modulation gradient comes at once
     kept_layer = width * element if head.activation_checkpointing else layer
     ends = (2 + 4) * width * element + 2 * _FP32_BYTES  # y before and after its SiLU; the last norm and its modulation

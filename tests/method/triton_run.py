@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_bitlm.method import attention_triton
+from megatron_bitlm.method import attention_triton, slot_attention_triton
 from megatron_bitlm.method.attention_causal import CPU_KERNEL
 from megatron_bitlm.method.attention_flash import FlashVariant, flash_block_causal_attention, flash_forward
 from megatron_bitlm.method.attention_layout import BlockCausalLayout
@@ -41,11 +41,38 @@ def errors(batch_size, seq_len, heads, head_dim, block_size, cu_seqlens, dtype="
     return {**found_errors, "lse": (lse.double() - expected_lse).abs().max().item()}
 
 
+def slot_errors(num_blocks, num_slots, num_heads, head_dim, dtype="float32") -> dict[str, float]:
+    """Largest differences of the kernels inside blocks from attention in float64."""
+    generator = torch.Generator().manual_seed(0)
+    width = num_heads * head_dim
+    qkv = torch.randn(num_blocks, num_slots, 3 * width, generator=generator).to(getattr(torch, dtype))
+    grad_out = torch.randn(num_blocks, num_slots, width, generator=generator).to(qkv.dtype)
+
+    def values(attend, qkv, grad_out):
+        qkv = qkv.clone().requires_grad_()
+        out = attend(qkv, num_heads)
+        return out.detach().double(), torch.autograd.grad(out, qkv, grad_out)[0].double()
+
+    def plainly(qkv, num_heads):
+        q, k, v = qkv.unflatten(2, (3, num_heads, head_dim)).unbind(2)
+        weights = (torch.einsum("nihd,njhd->nhij", q, k) / head_dim**0.5).softmax(-1)
+        return torch.einsum("nhij,njhd->nihd", weights, v).flatten(2)
+
+    found = values(slot_attention_triton.fused_slot_attention, qkv, grad_out)
+    expected = values(plainly, qkv.double(), grad_out.double())
+    return {name: (a - b).abs().max().item() for name, a, b in zip(("out", "grad"), found, expected, strict=True)}
+
+
 def compiled(kernel: str, capability: int, head_dim: int, block_size: int, heads: list[int]) -> dict[str, object]:
     """What ptxas says of a kernel for bfloat16 tensors on a GPU of this compute capability, which need not be here."""
-    function = getattr(attention_triton, kernel)
-    q, k = (torch.empty(block_size, num_heads, head_dim, device="meta") for num_heads in heads)
-    _, options = attention_triton._launch(q, k, block_size, (q, k))
+    in_head = hasattr(slot_attention_triton, kernel)
+    function = getattr(slot_attention_triton if in_head else attention_triton, kernel)
+    with torch.device("meta"):
+        if in_head:
+            _, options = slot_attention_triton.launch(torch.empty(8, block_size, 3 * heads[0] * head_dim), heads[0])
+        else:
+            q, k = (torch.empty(block_size, num_heads, head_dim) for num_heads in heads)
+            _, options = attention_triton.launch(q, k, block_size, (q, k))
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     types = {"lse_ptr": "*fp32", "num_tokens": "i32", "scale": "fp32", **dict.fromkeys(options, "constexpr")}
     signature = {name: types.get(name, "*bf16") for name in function.arg_names}
@@ -63,5 +90,5 @@ def compiled(kernel: str, capability: int, head_dim: int, block_size: int, heads
 
 
 if __name__ == "__main__":
-    run = {"errors": errors, "compiled": compiled}[sys.argv[1]]
+    run = {"errors": errors, "slot_errors": slot_errors, "compiled": compiled}[sys.argv[1]]
     print(json.dumps([run(*case) for case in json.loads(sys.argv[2])]))

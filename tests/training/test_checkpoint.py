@@ -49,7 +49,7 @@ def test_the_newest_are_kept_and_nothing_else_lies_about(made):
 def test_a_checkpoint_says_what_it_is(made, dataset):
     meta = read_meta(find_checkpoint(made))
     card = json.loads(Path(f"{dataset}.json").read_text())
-    assert meta["step"] == 12 and meta["version"] == 1
+    assert meta["step"] == 12 and meta["version"] == 2
     assert meta["data"]["tokenizer_fingerprint"] == card["tokenizer_fingerprint"]
     assert meta["settings"]["model.head.width"] == 32 and meta["settings"]["run.seed"] == 1
     path = find_checkpoint(made)
@@ -142,8 +142,8 @@ def test_the_command_lists_verifies_and_shows(copied, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "meta.json is not a bitlm-checkpoint of version 1"),
-        ({"format": "gpt"}, "meta.json is not a bitlm-checkpoint of version 1"),
+        ({"version": 1}, "meta.json is not a bitlm-checkpoint of version 2"),
+        ({"format": "gpt"}, "meta.json is not a bitlm-checkpoint of version 2"),
         ({"code_map_hash": "feed"}, "the code map in .* is not the one the checkpoint was trained with"),
         ({"tokenizer_fingerprint": "feed"}, "tokenizer is not the tokenizer the checkpoint was trained with"),
     ],
