@@ -172,9 +172,18 @@ def _contestants(
     grouped = settings.num_heads != settings.num_kv_heads
 
     def sdpa(attn_mask: Tensor | None) -> Tensor:
-        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        keys, values = k, v
+        shares_heads = grouped
+        if grouped and attn_mask is not None and device.type == "cuda":
+            # With a mask and shared key heads PyTorch has only its plainest kernel, which keeps the S x S weights.
+            repeats = settings.num_heads // settings.num_kv_heads
+            keys, values = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+            shares_heads = False
         out = F.scaled_dot_product_attention(
-            *heads_first, attn_mask=attn_mask, is_causal=attn_mask is None, enable_gqa=grouped
+            *(x.transpose(1, 2) for x in (q, keys, values)),
+            attn_mask=attn_mask,
+            is_causal=attn_mask is None,
+            enable_gqa=shares_heads,
         )
         return out.transpose(1, 2)
 

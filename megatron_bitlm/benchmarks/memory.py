@@ -65,6 +65,7 @@ def peak_resident_bytes() -> int | None:
 def _measure(build: Builder, settings: Any, name: str, device: torch.device) -> int | None:
     before = resident_bytes()
     if device.type == "cuda":
+        torch.cuda.init()  # before it there are no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
     run = build(settings, name)
     for _ in range(_NUM_CALLS):

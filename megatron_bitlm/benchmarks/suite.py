@@ -126,7 +126,7 @@ def all_parts(with_fp8: bool) -> list[Part]:
         parts.append(_part(f"head-{hidden_size}", "head", hidden_size=hidden_size, num_tokens=8192))
     small = {"preset": "0.6B", "num_layers": 0, "sequence_length": 4096, "micro_batch_size": 2, "num_micro_batches": 2}
     # 4 of 36 layers: all of them in FP8, as 34 of 36 are in the whole model.
-    slice_ = {"preset": "8B", "num_layers": 4, "sequence_length": 8192, "num_micro_batches": 2, "fp8_bf16_layers": 0}
+    slice_ = {"preset": "8B", "num_layers": 4, "sequence_length": 4096, "num_micro_batches": 2, "fp8_bf16_layers": 0}
     parts.append(_part("step-0.6b", "step", **small, variants="[softmax,bitlm]"))
     parts.append(_part("step-8b-slice", "step", **slice_, variants="[softmax,bitlm]"))
     if with_fp8:

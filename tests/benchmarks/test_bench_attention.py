@@ -63,3 +63,13 @@ def test_bad_settings_are_refused():
     ]:
         with pytest.raises(BitLMError, match=message):
             bench_attention(AttentionBenchmark(**{**SMALL, **change}))
+
+
+@pytest.mark.gpu
+def test_report_on_a_gpu():
+    sizes = {"seq_len": 512, "num_heads": 4, "num_kv_heads": 2, "dtype": "bfloat16", "num_repetitions": 2}
+    backends = ["flash", "flash_eager", "flash_attn2", "flash_attn3", "transformer_engine", "flex"]
+    report = bench_attention(AttentionBenchmark(**sizes, mean_document_tokens=100, backends=backends, memory=True))
+    assert set(backends) == (set(report["variants"]) | report["facts"]["left_out"].keys()) & set(backends)
+    peaks = {name: found["peak_bytes"] for name, found in report["variants"].items()}
+    assert peaks["masked_sdpa"] > peaks["fast"] > 512 * 4 * 64 * 2

@@ -53,3 +53,12 @@ def test_recomputation_changes_no_gradient():
 def test_refused_settings(change, message):
     with pytest.raises(BitLMError, match=message):
         bench_head(HeadBenchmark(**{**SMALL, **change}))
+
+
+@pytest.mark.gpu
+def test_report_on_a_gpu():
+    sizes = {**SMALL, "device": "cuda", "hidden_size": 512, "num_tokens": 2048, "depths": [6], "memory": True}
+    report = bench_head(HeadBenchmark(**sizes))
+    assert report["settings"]["precision"] == "auto"
+    peaks = {name: found["peak_bytes"] for name, found in report["variants"].items()}
+    assert peaks["w512_l6_r4_recompute"] < peaks["w512_l6_r4"]
