@@ -32,7 +32,9 @@ class HeadConfig:
     """Shape and options of the diffusion head.
 
     Attributes:
-        width: Channels W of the head; null means the backbone's width (BitDance).
+        preset: The width where `width` is null: `narrow` is a quarter of the backbone's, at which decoding is bound by
+            the backbone and not by the head; `paper` is all of it (BitDance).
+        width: Channels W of the head; null leaves it to the preset.
         num_layers: Transformer blocks.
         num_modulation_groups: Consecutive blocks share one modulation; must divide `num_layers`.
         head_dim: Channels per attention head; must divide `width`. Null means 128, BitDance's, or for a width that is
@@ -45,6 +47,7 @@ class HeadConfig:
         activation_checkpointing: Recompute the head's layers in backward, a third more head FLOPs for less memory.
     """
 
+    preset: Literal["narrow", "paper"] = "narrow"
     width: int | None = None
     num_layers: int = 6
     num_modulation_groups: int = 2
@@ -94,7 +97,7 @@ class DiffusionHead(nn.Module):
         recompute_context: ContextFactory = nullcontext,
     ) -> None:
         super().__init__()
-        width = config.width or condition_size
+        width = head_width(config, condition_size)
         check_head_config(config, width)
         self.config, self.width, self.recompute_context = config, width, recompute_context
         self.num_bits, self.block_size, self.condition_size = num_bits, block_size, condition_size
@@ -239,6 +242,17 @@ def clean_estimate(logits: Tensor) -> Tensor:
     return torch.tanh(0.5 * logits)
 
 
+def head_width(config: HeadConfig, condition_size: int) -> int:
+    """The head's width W on a backbone of width `condition_size`: the setting, or what the preset means.
+
+    `narrow` is a quarter, up to the next multiple of 64 (whole attention heads, and FP8's multiples of 16), but at most
+    the backbone's.
+    """
+    if config.width is not None:
+        return config.width
+    return condition_size if config.preset == "paper" else min(condition_size, -(-condition_size // 256) * 64)
+
+
 def attention_head_dim(config: HeadConfig, width: int) -> int:
     """Channels of an attention head at `width`: the setting, or the largest power of two up to 128 that divides it."""
     return config.head_dim or math.gcd(width, 128)
@@ -256,6 +270,8 @@ def check_head_config(config: HeadConfig, width: int) -> None:
             f"head num_layers {config.num_layers} is not divisible by num_modulation_groups "
             f"{config.num_modulation_groups}"
         )
+    if config.preset not in ("narrow", "paper"):
+        raise ValueError(f"unknown head preset {config.preset!r}: choose narrow or paper")
     if config.conditioning not in ("slot", "mix"):
         raise ValueError(f"unknown head conditioning {config.conditioning!r}: choose slot or mix")
     if config.parameterization not in ("x0", "matched_filter"):

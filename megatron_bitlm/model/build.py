@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.attention import backend_obstacle, choose_backend, describe_backend, flash_obstacle
 from megatron_bitlm.method.codes import BinaryCode
-from megatron_bitlm.method.head import HeadConfig, check_head_config
+from megatron_bitlm.method.head import HeadConfig, check_head_config, head_width
 from megatron_bitlm.method.slot_attention import fused_slot_obstacle
 from megatron_bitlm.model.backbone import Backbone, block_spec, transformer_config
 from megatron_bitlm.model.bitlm import BitLM
@@ -106,7 +106,7 @@ class ModelConfig:
         if self.input_hidden_size is not None and self.input_hidden_size < 1:
             raise BitLMError(f"model.input_hidden_size must be positive, got {self.input_hidden_size}")
         try:
-            check_head_config(self.head, self.head.width or backbone.hidden_size)
+            check_head_config(self.head, head_width(self.head, backbone.hidden_size))
         except ValueError as error:
             raise BitLMError(f"model.head: {error}") from error
 

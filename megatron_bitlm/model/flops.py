@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bitlm.method.head import TIME_FEATURES
+from megatron_bitlm.method.head import TIME_FEATURES, head_width
 from megatron_bitlm.model.build import ModelConfig
 
 
@@ -60,7 +60,7 @@ def token_flops(config: ModelConfig, vocab_size: int, samples_per_block: int, vi
 def head_flops(config: ModelConfig, num_bits: int, samples_per_block: int) -> float:
     """Of the head, for a token: r copies of the blocks and their modulation, and the condition once."""
     head, m, d = config.head, config.block_size, config.resolve_backbone().hidden_size
-    w = head.width or d
+    w = head_width(head, d)
     layer = 4 * w * w + 3 * w * (3 * w // 2)  # attention's four projections and a SwiGLU of hidden 1.5 w
     slot_attention = 12.0 * m * w
     modulation = (6 * head.num_modulation_groups + 2) * w * w

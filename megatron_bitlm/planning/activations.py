@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bitlm.method.head import TIME_FEATURES, attention_head_dim
+from megatron_bitlm.method.head import TIME_FEATURES, attention_head_dim, head_width
 from megatron_bitlm.training.config import RunConfig
 
 _FP32_BYTES, _INT64_BYTES = 4, 8
@@ -119,7 +119,7 @@ def _layer_gradients(config: RunConfig, element: int) -> float:
 def _head(config: RunConfig, num_bits: int, element: int) -> tuple[float, float, float]:
     """Bytes a token of head and loss: kept, of one layer, and of the gradients inside a layer."""
     head, hidden = config.model.head, config.model.resolve_backbone().hidden_size
-    copies, width = config.objective.samples_per_block, head.width or hidden
+    copies, width = config.objective.samples_per_block, head_width(head, hidden)
     layer = _HEAD_LAYER_WIDTHS * width * element + _FP32_BYTES * (4 + width / attention_head_dim(head, width))
     modulations = (6 * head.num_modulation_groups + 2) * width * element  # one tensor, kept whole
     gradients = 6 if head.activation_checkpointing else 2  # a checkpointed layer's modulation gradient comes at once

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from megatron_bitlm.data.packing import DataConfig
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.head import head_width
 from megatron_bitlm.method.objective import ObjectiveConfig
 from megatron_bitlm.model.build import ModelConfig, Precision
 from megatron_bitlm.model.fp8 import Fp8Config, check_fp8_shapes
@@ -149,7 +150,7 @@ class RunConfig:
             "a rank's part of queries, keys and values": queries * backbone.head_dim // split,
         }
         if has_fp8_head:
-            width = head.width or backbone.hidden_size
+            width = head_width(head, backbone.hidden_size)
             sizes |= {"model.head.width": width, "1.5 x model.head.width": 3 * width // 2}
         check_fp8_shapes(sizes)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.method.head import attention_head_dim
+from megatron_bitlm.method.head import attention_head_dim, head_width
 from megatron_bitlm.model.build import ModelConfig, model_config
 from megatron_bitlm.model.checkpoint import find_checkpoint, load_model, read_meta
 from megatron_bitlm.training.checkpoint import describe_damage
 from megatron_bitlm.training.config import RunConfig
 
-_NOT_OF_THE_WEIGHTS = ("adaln_init_std", "activation_checkpointing")
+_NOT_OF_THE_WEIGHTS = ("preset", "adaln_init_std", "activation_checkpointing")
 
 
 def check_initial_checkpoint(config: RunConfig) -> dict[str, Any] | None:
@@ -72,7 +72,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
     shape |= {"output": model.output, "block_size": model.block_size}
     if model.output == "softmax":
         return shape | {f"softmax.{name}": value for name, value in asdict(model.softmax).items()}
-    head = asdict(model.head) | {"width": model.head.width or backbone.hidden_size}
+    head = asdict(model.head) | {"width": head_width(model.head, backbone.hidden_size)}
     head["head_dim"] = attention_head_dim(model.head, head["width"])
     shape |= {f"head.{name}": value for name, value in head.items() if name not in _NOT_OF_THE_WEIGHTS}
     return shape | {

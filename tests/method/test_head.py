@@ -12,6 +12,7 @@ from megatron_bitlm.method.head import (
     attention_head_dim,
     check_head_config,
     clean_estimate,
+    head_width,
     time_features,
 )
 from megatron_bitlm.method.path import lone_bit_logit
@@ -281,6 +282,32 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(plain, recomputed)
 
 
+def kept_bytes(head) -> int:
+    """Bytes that a forward pass keeps for backward, weights apart."""
+    noisy, time, condition, drop = make_inputs()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = head(noisy, time, condition, drop).square().mean()
+    return sum(kept.values()) + loss.nbytes
+
+
+def test_activation_checkpointing_keeps_a_layers_input_alone():
+    """A layer keeps 20 of the head's widths a token of a copy, one under checkpointing."""
+    config = {"num_layers": 8, "num_modulation_groups": 1}
+    plain, recomputed = (kept_bytes(make_head(activation_checkpointing=on, **config)) for on in (False, True))
+    width_bytes = SMALL["width"] * 4 * COPIES * BLOCKS * SLOTS
+    # The attention's log-sum-exp and the norms' statistics come on top, 8 floats a token and layer.
+    assert 8 * (20 - 1) * width_bytes <= plain - recomputed <= 8 * (20 - 1 + 8 / SMALL["width"]) * width_bytes
+
+
 def test_time_features():
     features = time_features(torch.tensor([0.0, 0.25, 1.0]))
     assert features.shape == (3, 256) and features.dtype == torch.float32
@@ -324,10 +351,19 @@ def test_inner_linears_come_from_the_factory():
     assert sorted(built) == sorted(expected)
 
 
-def test_null_width_means_the_backbones():
-    config = HeadConfig(width=None, num_layers=2, num_modulation_groups=1, head_dim=8)
-    head = DiffusionHead(config, num_bits=3, block_size=1, condition_size=CONDITION)
-    assert head.width == CONDITION and head.output.in_features == CONDITION
+@pytest.mark.parametrize(
+    ("preset", "condition_size", "width"),
+    [("paper", 1024, 1024), ("narrow", 1024, 256), ("narrow", 2560, 640), ("narrow", 4096, 1024)]
+    + [("narrow", 192, 64), ("narrow", 24, 24), ("narrow", 576, 192)],
+)
+def test_presets_say_how_wide(preset, condition_size, width):
+    """A quarter of the backbone's width in whole attention heads of 64, but never more than the backbone's."""
+    config = HeadConfig(preset=preset, num_layers=2, num_modulation_groups=1)
+    assert head_width(config, condition_size) == width
+    assert head_width(HeadConfig(preset=preset, width=40), condition_size) == 40
+    with torch.device("meta"):
+        head = DiffusionHead(config, num_bits=3, block_size=1, condition_size=condition_size)
+    assert head.width == width and head.output.in_features == width
 
 
 @pytest.mark.parametrize(
@@ -339,6 +375,7 @@ def test_null_width_means_the_backbones():
         ({"num_modulation_groups": 0}, "positive"),
         ({"head_dim": 0}, "positive"),
         ({"width": -8}, "positive"),
+        ({"preset": "wide"}, "preset 'wide'"),
         ({"conditioning": "all"}, "conditioning 'all'"),
         ({"parameterization": "eps"}, "parameterization 'eps'"),
         ({"adaln_init_std": -0.1}, "adaln_init_std .* -0.1"),

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_bitlm.method.head import HeadConfig
 from megatron_bitlm.model.build import ModelConfig
 from megatron_bitlm.model.flops import head_flops, token_flops
 from megatron_bitlm.parallel.config import ParallelConfig
@@ -21,7 +22,7 @@ def layout(pipeline: int, virtual: int | None = None, **settings) -> ParallelCon
 
 
 def test_the_head_of_8b_is_worth_five_and_a_half_layers():
-    model = ModelConfig(preset="8B")
+    model = ModelConfig(preset="8B", head=HeadConfig(preset="paper"))
     flops = token_flops(model, 18, 1, visible_keys=1024)
     assert flops.head * NUM_LAYERS / (flops.matrices + flops.attention) == pytest.approx(5.5, abs=0.1)
     assert head_flops(model, 18, 4) == pytest.approx(4 * head_flops(model, 18, 1), rel=0.05)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bitlm.method.attention import block_causal_mask
 from megatron_bitlm.method.attention_layout import BlockCausalLayout
+from megatron_bitlm.method.head import HeadConfig
 from megatron_bitlm.model.build import ModelConfig
 from megatron_bitlm.model.flops import mean_visible_keys, token_flops
 from megatron_bitlm.training.flops import run_flops
@@ -74,12 +75,13 @@ def test_attention_counts_the_keys_that_are_seen(block_size):
 
 
 @pytest.mark.parametrize(
-    ("preset", "softmax_share"),
-    [("0.6B", 0.88), ("1.7B", 0.98), ("4B", 1.01), ("8B", 1.06)],
+    ("preset", "head", "softmax_share"),
+    [("0.6B", "paper", 0.88), ("1.7B", "paper", 0.98), ("4B", "paper", 1.01), ("8B", "paper", 1.06)]
+    + [("0.6B", "narrow", 0.75), ("1.7B", "narrow", 0.84), ("4B", "narrow", 0.91), ("8B", "narrow", 0.93)],
 )
-def test_presets_cost_what_a_softmax_model_costs_about(preset, softmax_share):
+def test_presets_cost_what_a_softmax_model_costs_about(preset, head, softmax_share):
     """Against 6 (P + V D) FLOPs of a softmax model on the same backbone, without attention."""
-    model = ModelConfig(preset=preset)
+    model = ModelConfig(preset=preset, head=HeadConfig(preset=head))
     backbone = model.resolve_backbone()
     flops = token_flops(model, 151_669, 1, visible_keys=0)
     softmax = 6 * (backbone.num_matrix_parameters + 151_936 * backbone.hidden_size)

@@ -9,6 +9,7 @@ import yaml
 from megatron_bitlm.config import parse_run
 from megatron_bitlm.data.packing import DataConfig
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.method.head import HeadConfig
 from megatron_bitlm.model.build import ModelConfig
 from megatron_bitlm.parallel.config import ParallelConfig
 from megatron_bitlm.parallel.hardware import find_gpu, gpu_of_device
@@ -23,7 +24,9 @@ def run(preset: str = "8B", **training) -> RunConfig:
     """Sequences of 4,096 tokens in bf16."""
     settings = {"global_batch_size": 1024, "precision": "bf16"} | training
     return RunConfig(
-        model=ModelConfig(preset=preset), data=DataConfig(sequence_length=4096), training=TrainingConfig(**settings)
+        model=ModelConfig(preset=preset, head=HeadConfig(preset="paper")),
+        data=DataConfig(sequence_length=4096),
+        training=TrainingConfig(**settings),
     )
 
 
@@ -42,7 +45,7 @@ def test_proposals_start_and_fit(num_gpus, tmp_path):
     path.write_text(
         yaml.safe_dump(
             {
-                "model": {"preset": "8B"},
+                "model": {"preset": "8B", "head": {"preset": "paper"}},
                 "data": {"sequence_length": 4096},
                 "training": {"global_batch_size": 1024, "precision": "bf16"},
             }
