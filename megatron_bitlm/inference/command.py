@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.inference.autoregressive import TokenGenerator
-from megatron_bitlm.inference.generate import Generator
+from megatron_bitlm.inference.generate import Generator, TokenGenerator
 from megatron_bitlm.inference.load import LoadedModel, loaded_model
 from megatron_bitlm.inference.prompts import Generation
 from megatron_bitlm.method.sampler import SamplerConfig

@@ -1,33 +1,27 @@
-"""Block-wise generation with a KV cache (BitLM algorithm 2).
-
-Prompts are framed as in training (M BOS tokens first) and padded on the left by whole blocks, so that all rows of a
-batch end together; padding is invisible to attention and positions. The known tokens of a prompt's last, partial
-block are held to their codes while the open slots are denoised.
-Shape legend: B rows, M slots, K bits, D backbone width.
-"""
+"""A batch of prompts to their ends, with one model and one sampler (BitLM algorithm 2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.inference.prompts import CachedBackbone, Generation, Rows, check_request
+from megatron_bitlm.inference.decoders import BlockDecoder, TokenDecoder
+from megatron_bitlm.inference.engine import Decoder, Engine, Row
+from megatron_bitlm.inference.prompts import Generation, Request, make_requests
 from megatron_bitlm.method.codes import BinaryCode
-from megatron_bitlm.method.noise import Stream, normal
 from megatron_bitlm.method.path import TabulatedTime
-from megatron_bitlm.method.sampler import BlockSampler, SamplerConfig
+from megatron_bitlm.method.sampler import SamplerConfig
+from megatron_bitlm.method.token_sampling import TokenSamplerConfig
 from megatron_bitlm.model.bitlm import BitLM
-from megatron_bitlm.model.layout import SequenceLayout
+from megatron_bitlm.model.softmax import SoftmaxLM
 
-# (number of the generated block, time, state [B, M, K]) at t = 1 and after every denoising step
+# (number of the generated block, time, states [B, M, K] of the rows still running) at t = 1 and after every step
 Observer = Callable[[int, float, Tensor], None]
 
 
 class Generator:
-    """Generates with one model and fixed sampler settings.
+    """Generates with a BitLM and fixed sampler settings.
 
     Args:
         model: BitLM on one pipeline stage, in eval mode.
@@ -52,17 +46,10 @@ class Generator:
         profile: TabulatedTime | None = None,
         cached: bool = True,
     ) -> None:
-        if not isinstance(model, BitLM):
-            raise BitLMError("a softmax model (model.output softmax) has no blocks to denoise; use TokenGenerator")
-        self.model, self.code, self.bos_id, self.eos_id, self.cached = model, code, bos_id, eos_id, cached
-        try:
-            self.sampler = BlockSampler(model.head, sampler or SamplerConfig(), profile)
-        except ValueError as error:
-            raise BitLMError(f"sampler: {error}") from error
-        self.block_size = model.block_size
-        self.device = model.head.input.weight.device
+        self.decoder = BlockDecoder(model, code, bos_id=bos_id, eos_id=eos_id, profile=profile)
+        self.sampler, self.cached = sampler or SamplerConfig(), cached
+        self.decoder.sampler(self.sampler)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -82,72 +69,42 @@ class Generator:
         Raises:
             BitLMError: No prompts, ids outside the vocabulary, or settings out of range.
         """
-        prompts = [list(prompt) for prompt in prompts]
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        check_request(prompts, max_new_tokens, seeds, self.code.vocab_size)
-        rows = Rows(prompts, self.block_size, self.bos_id, self.device)
-        num_open = max_new_tokens + max(rows.num_known)
-        num_new_blocks = -(-num_open // self.block_size)
-        results = [Generation() for _ in prompts]
-        backbone = CachedBackbone(self._states, rows, num_new_blocks, self.cached)
-        condition = backbone.prefill()
-        key = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        for number in range(num_new_blocks):
-            final = self._sample_block(number, condition, key, rows, observe)
-            ids = self.code.decode(final)
-            num_invalid = (~self.code.is_valid(final)).sum(-1)
-            self._collect(ids, num_invalid, rows, number, results, max_new_tokens)
-            if all(r.finished or len(r.ids) >= max_new_tokens for r in results):
-                break
-            condition = backbone.commit(ids)
-        return results
+        requests = make_requests(prompts, max_new_tokens, seeds, self.sampler)
+        if observe is None:
+            return _decode(self.decoder, requests, self.cached)
 
-    def _states(self, ids: Tensor, layout: SequenceLayout) -> Tensor:
-        return self.model.states(self.code.encode(ids), layout)
+        def number_blocks(rows: list[Row], time: float, state: Tensor) -> None:
+            observe(rows[0].result.num_blocks, time, state)
 
-    def _sample_block(
-        self,
-        number: int,
-        condition: Tensor,
-        key: Tensor,
-        rows: Rows,
-        observe: Observer | None,
-    ) -> Tensor:
-        """Final analog bits [B, M, K] of the next block of every row."""
-        size = self.block_size * self.code.num_bits
-        steps = self.sampler.config.num_steps if self.sampler.config.noise_raise > 0 else 0
-        # Blocks are numbered from each row's own start, so padding does not change its noise.
-        block = torch.tensor(rows.num_full, device=self.device) + number
-        draws = normal(0, Stream.SAMPLER, key, block, (1 + steps) * size)
-        draws = draws.unflatten(-1, (1 + steps, self.block_size, self.code.num_bits))
-        known = rows.known(self.code) if number == 0 else None
-        return self.sampler.sample(
-            condition,
-            draws[:, 0],
-            known=known,
-            fresh_noise=(lambda step: draws[:, 1 + step]) if steps else None,
-            observe=None if observe is None else (lambda time, state: observe(number, time, state)),
-        )
+        return _decode(self.decoder, requests, self.cached, number_blocks)
 
-    def _collect(
-        self,
-        ids: Tensor,
-        num_invalid: Tensor,
-        rows: Rows,
-        number: int,
-        results: list[Generation],
-        max_new_tokens: int,
-    ) -> None:
-        """Append each open row's new tokens, up to its EOS (truncated after it) or its limit."""
-        for row, (result, tokens, count) in enumerate(zip(results, ids.tolist(), num_invalid.tolist(), strict=True)):
-            if result.finished or len(result.ids) >= max_new_tokens:
-                continue
-            result.num_blocks += 1
-            result.num_invalid += count
-            for token in tokens[rows.num_known[row] :] if number == 0 else tokens:
-                if len(result.ids) >= max_new_tokens:
-                    break
-                if token == self.eos_id:
-                    result.finished = True
-                    break
-                result.ids.append(token)
+
+class TokenGenerator:
+    """Generates with the softmax baseline and fixed sampler settings.
+
+    Args:
+        model: On one pipeline stage, in eval mode.
+        sampler: Temperature, top-k, top-p.
+        cached: Keep keys and values between tokens; False runs the whole prefix again for every token.
+
+    Raises:
+        BitLMError: A sampler setting outside its range, or a model of another kind.
+    """
+
+    def __init__(self, model: SoftmaxLM, *, sampler: TokenSamplerConfig | None = None, cached: bool = True) -> None:
+        self.decoder, self.sampler, self.cached = TokenDecoder(model), sampler or TokenSamplerConfig(), cached
+        self.decoder.check(Request([], 1, 0, self.sampler))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[Generation]:
+        """Continue every prompt until EOS or `max_new_tokens`; arguments and errors as `Generator.generate`."""
+        return _decode(self.decoder, make_requests(prompts, max_new_tokens, seeds, self.sampler), self.cached)
+
+
+def _decode(decoder: Decoder, requests: list[Request], cached: bool, observe: object = None) -> list[Generation]:
+    """All requests in one batch, in a cache just as long as the longest may become."""
+    longest = max(len(decoder.frame(r.prompt)) + r.max_new_tokens for r in requests)
+    max_length = (longest // decoder.block_size + 1) * decoder.block_size
+    engine = Engine(decoder, max_batch_size=len(requests), max_length=max_length, cached=cached)
+    return engine.run(requests, observe)

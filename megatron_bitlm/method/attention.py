@@ -144,36 +144,35 @@ def block_causal_mask(layout: BlockCausalLayout, device: torch.device) -> Tensor
 
 
 def cached_block_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, key_start: Tensor | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, key_stop: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Attention of the newest block to everything so far, its own slots included (decoding).
 
     Args:
         q: queries of the newest block [B, M, H, d].
-        k: all keys so far [B, T, Hk, d]; the last M are the newest block's.
+        k: all keys so far [B, T, Hk, d]; the last M before a row's end are the newest block's.
         v: all values so far [B, T, Hk, d].
-        key_start: int64 [B], first visible key of each row (left padding), at most T - M, which is not
-            checked on a GPU (reading it back would stall decoding); None means 0.
+        key_stop: int64 [B], end of each row's keys, in M..T, which is not checked on a GPU (reading it back would
+            stall decoding); None means T. What lies behind it may be anything but NaN.
         scale: factor of the scores; None is 1/sqrt(d).
 
     Returns:
         [B, M, H, d], dtype of q.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a ``key_start`` that hides the block itself.
+        ValueError: shapes or dtypes that do not fit, or a ``key_stop`` outside M..T.
     """
     check_heads(q, k, v)
     num_keys, num_slots = k.shape[1], q.shape[1]
     if num_keys < num_slots:
         raise ValueError(f"{num_keys} keys cannot include a block of {num_slots}")
     mask = None
-    if key_start is not None:
-        if key_start.shape != (q.shape[0],):
-            raise ValueError(f"key_start needs shape ({q.shape[0]},), got {tuple(key_start.shape)}")
-        last_start = num_keys - num_slots
-        if key_start.device.type == "cpu" and bool((key_start > last_start).any()):
-            raise ValueError(f"key_start {key_start.tolist()} hides part of the block at {last_start}")
-        mask = (torch.arange(num_keys, device=q.device) >= key_start[:, None])[:, None, None, :]
+    if key_stop is not None:
+        if key_stop.shape != (q.shape[0],):
+            raise ValueError(f"key_stop needs shape ({q.shape[0]},), got {tuple(key_stop.shape)}")
+        if key_stop.device.type == "cpu" and bool(((key_stop < num_slots) | (key_stop > num_keys)).any()):
+            raise ValueError(f"key_stop {key_stop.tolist()} must lie in {num_slots}..{num_keys}")
+        mask = (torch.arange(num_keys, device=q.device) < key_stop[:, None])[:, None, None, :]
     return masked_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 

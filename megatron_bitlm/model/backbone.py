@@ -263,7 +263,7 @@ class Backbone(MegatronModule):
             packed_seq_params=dataclasses.replace(layout, rotary=rotary),
         )
         if layout.kv_cache is not None:
-            layout.kv_cache.advance(layout.positions.shape[1])
+            layout.kv_cache.finish()
         return hidden
 
     def _lift(self, codes_BSK: Tensor) -> Tensor:

@@ -175,6 +175,6 @@ class BlockCausalCoreAttention(nn.Module):
             )
         else:
             out = cached_block_attention(
-                query, cached_keys, cached_values, key_start=cache.key_start, scale=self.softmax_scale
+                query, cached_keys, cached_values, key_stop=cache.key_stop, scale=self.softmax_scale
             )
         return out.flatten(2).transpose(0, 1).contiguous()

@@ -3,8 +3,8 @@
 megatron-core hands `packed_seq_params` to every core attention untouched, so the layout travels as one. Its
 own packed format ("thd") allows one row a micro-batch; ours keeps the batch dim ("sbhd") and describes the
 documents by offsets into the flattened rows.
-Shape legend: B batch, S sequence, M tokens of a block, T cached sequence, H key/value heads, D channels of a
-head.
+Shape legend: B batch, S sequence, M tokens of a block, R rows and T tokens of a cache, H key/value heads, D channels of
+a head.
 """
 
 from collections.abc import Sequence
@@ -19,55 +19,107 @@ from megatron_bitlm.method.attention_shard import SequenceShard
 
 
 class KVCache:
-    """Keys and values of the blocks seen so far, after RoPE.
+    """Keys and values after RoPE, of rows that begin, grow and end independently of each other.
 
     Args:
-        batch_size: B.
+        num_rows: R, sequences held at a time.
         max_length: T, tokens a row can hold.
-        key_start: int64 [B], the first visible token of each row where rows are padded on the left; None: all
-            are.
 
     A layer's memory is allocated when it first stores, for the heads this rank holds.
     """
 
-    def __init__(self, batch_size: int, max_length: int, key_start: Tensor | None = None) -> None:
-        self.batch_size, self.max_length, self.key_start = batch_size, max_length, key_start
-        self.length = 0
+    def __init__(self, num_rows: int, max_length: int) -> None:
+        self.num_rows, self.max_length = num_rows, max_length
+        self.lengths = [0] * num_rows
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def append(self, layer_number: int, key_BSHD: Tensor, value_BSHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values behind the `length` old ones.
+    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, T, H, D] of a layer, for keys `like` [..., H, D]."""
+        if number not in self._layers:
+            shape = (self.num_rows, self.max_length, *like.shape[-2:])
+            # Not empty: attention gives what it does not see weight zero, and zero times NaN is NaN.
+            self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self._layers[number]
 
-        Returns:
-            Keys and values of all `length + S` tokens, [B, length + S, H, D]: views of the cache.
-
-        Raises:
-            ValueError: where the cache is full.
-        """
-        num_rows, num_new = key_BSHD.shape[:2]
-        end = self.length + num_new
-        if end > self.max_length or num_rows != self.batch_size:
+    def check_room(self, row: int, num_new: int) -> None:
+        """Raise ValueError where a row cannot take `num_new` more tokens."""
+        if self.lengths[row] + num_new > self.max_length:
             raise ValueError(
-                f"a cache of {self.batch_size} rows x {self.max_length} tokens cannot take {num_rows} rows x "
-                f"{num_new} tokens behind {self.length}"
+                f"row {row} of a cache of {self.max_length} tokens cannot take {num_new} behind {self.lengths[row]}"
             )
-        if layer_number not in self._layers:
-            shape = (self.batch_size, self.max_length, *key_BSHD.shape[2:])
-            self._layers[layer_number] = (key_BSHD.new_empty(shape), value_BSHD.new_empty(shape))
-        keys, values = self._layers[layer_number]
-        keys[:, self.length : end] = key_BSHD
-        values[:, self.length : end] = value_BSHD
-        return keys[:, :end], values[:, :end]
 
-    def advance(self, num_tokens: int) -> None:
-        """Counts tokens that every layer has stored."""
-        self.length += num_tokens
+    def move(self, source: int, target: int) -> None:
+        """Give row `target` what row `source` holds, which becomes empty."""
+        length = self.lengths[source]
+        for keys, values in self._layers.values():
+            keys[target, :length] = keys[source, :length]
+            values[target, :length] = values[source, :length]
+        self.lengths[target], self.lengths[source] = length, 0
 
-    def truncate(self, length: int) -> None:
-        """Forgets all tokens from `length` on, so that they can be written again."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}")
-        self.length = length
+    def release(self, row: int) -> None:
+        """Empty a row."""
+        self.lengths[row] = 0
+
+
+class PromptPass:
+    """A pass over prompts that lie one behind the other in a batch of one row, and fill empty rows of a cache."""
+
+    key_stop = None
+
+    def __init__(self, cache: KVCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        for row, length in zip(rows, lengths, strict=True):
+            if cache.lengths[row]:
+                raise ValueError(f"row {row} of the cache holds {cache.lengths[row]} tokens; prompts fill empty rows")
+            cache.check_room(row, length)
+        self.cache, self.rows, self.lengths = cache, rows, lengths
+
+    def append(self, layer_number: int, key_1SHD: Tensor, value_1SHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values; returns them as they came."""
+        keys, values = self.cache.layer(layer_number, key_1SHD)
+        start = 0
+        for row, length in zip(self.rows, self.lengths, strict=True):
+            keys[row, :length] = key_1SHD[0, start : start + length]
+            values[row, :length] = value_1SHD[0, start : start + length]
+            start += length
+        return key_1SHD, value_1SHD
+
+    def finish(self) -> None:
+        """Count the tokens that every layer has stored."""
+        for row, length in zip(self.rows, self.lengths, strict=True):
+            self.cache.lengths[row] = length
+
+
+class BlockPass:
+    """A pass over one more block of each of the first `num_rows` rows of a cache.
+
+    key_stop: int64 [num_rows], the end of each row with its new block; None where all end together.
+    """
+
+    def __init__(self, cache: KVCache, num_rows: int, block_size: int, device: torch.device | str) -> None:
+        for row in range(num_rows):
+            cache.check_room(row, block_size)
+        self.cache, self.num_rows, self.block_size = cache, num_rows, block_size
+        starts = cache.lengths[:num_rows]
+        self.start, self.end = max(starts), max(starts) + block_size
+        slots = torch.arange(block_size, device=device)
+        self.positions = torch.tensor(starts, device=device)[:, None] + slots
+        self.key_stop = None if min(starts) == self.start else self.positions[:, -1] + 1
+
+    def append(self, layer_number: int, key_BMHD: Tensor, value_BMHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; returns views of all [B, end, H, D], stale from `key_stop` on."""
+        stored = self.cache.layer(layer_number, key_BMHD)
+        for old, new in zip(stored, (key_BMHD, value_BMHD), strict=True):
+            if self.key_stop is None:
+                old[: self.num_rows, self.start : self.end] = new
+            else:
+                old[torch.arange(self.num_rows, device=new.device)[:, None], self.positions] = new
+        keys, values = stored
+        return keys[: self.num_rows, : self.end], values[: self.num_rows, : self.end]
+
+    def finish(self) -> None:
+        """Count the tokens that every layer has stored."""
+        for row in range(self.num_rows):
+            self.cache.lengths[row] += self.block_size
 
 
 @dataclass
@@ -76,14 +128,14 @@ class SequenceLayout(PackedSeqParams):
 
     attention: the documents of the whole rows, for attention; None behind a cache. positions: int64 [B, S], of a token
     in its document. rotary: cosines and sines of the positions, which the backbone adds. kv_cache: where there is one,
-    keys and values are stored in it. shard: the tokens held here, where context-parallel ranks share the rows;
+    keys and values are stored through it. shard: the tokens held here, where context-parallel ranks share the rows;
     positions are then theirs.
     """
 
     attention: BlockCausalLayout | None = None
     positions: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
-    kv_cache: KVCache | None = None
+    kv_cache: PromptPass | BlockPass | None = None
     shard: SequenceShard | None = None
 
     @classmethod
@@ -120,36 +172,40 @@ class SequenceLayout(PackedSeqParams):
         )
 
     @classmethod
-    def prompt(
-        cls, kv_cache: KVCache, sequence_length: int, block_size: int, *, device: torch.device | str
+    def prompts(
+        cls,
+        cache: KVCache,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        block_size: int,
+        *,
+        device: torch.device | str,
     ) -> "SequenceLayout":
-        """Layout of the prompts that fill an empty cache, one a row.
+        """Layout of prompts of `lengths` tokens, whole blocks, that lie one behind the other in a batch of one row.
 
-        Padding on the left (the cache's `key_start`, multiples of `block_size`) is kept apart, as a document
-        of its own.
+        They fill the empty `rows` of the cache.
 
         Raises:
-            ValueError: a cache that is not empty, or padding that is not whole blocks.
+            ValueError: a row of the cache that is not empty or too short, or a prompt that is not whole blocks.
         """
-        if kv_cache.length:
-            raise ValueError("prompts fill an empty cache; use next_block() for what follows")
-        batch_size = kv_cache.batch_size
-        starts = [0] * batch_size if kv_cache.key_start is None else kv_cache.key_start.tolist()
-        offsets = {batch_size * sequence_length}
-        for row, start in enumerate(starts):
-            offsets |= {row * sequence_length, row * sequence_length + start}
-        layout = cls.from_batch(sorted(offsets), batch_size, sequence_length, block_size, device=device)
-        layout.kv_cache = kv_cache
+        offsets = [0]
+        for length in lengths:
+            offsets.append(offsets[-1] + length)
+        layout = cls.from_batch(offsets, 1, offsets[-1], block_size, device=device)
+        layout.kv_cache = PromptPass(cache, rows, lengths)
         return layout
 
     @classmethod
-    def next_block(cls, kv_cache: KVCache, block_size: int, *, device: torch.device | str) -> "SequenceLayout":
-        """Layout of one more block behind the cached tokens."""
-        positions = torch.arange(kv_cache.length, kv_cache.length + block_size, device=device)
-        positions = positions.expand(kv_cache.batch_size, block_size)
-        if kv_cache.key_start is not None:
-            positions = positions - kv_cache.key_start.to(device)[:, None]
-        return cls(qkv_format="sbhd", positions=positions, kv_cache=kv_cache)
+    def next_blocks(
+        cls, cache: KVCache, num_rows: int, block_size: int, *, device: torch.device | str
+    ) -> "SequenceLayout":
+        """Layout of one more block behind each of the first `num_rows` rows of a cache, a batch of as many rows.
+
+        Raises:
+            ValueError: a row that is full.
+        """
+        stored = BlockPass(cache, num_rows, block_size, device)
+        return cls(qkv_format="sbhd", positions=stored.positions, kv_cache=stored)
 
     def for_context_rank(self, rank: int, num_ranks: int) -> "SequenceLayout":
         """The layout of the tokens that one of `num_ranks` context-parallel ranks holds; of one rank, this layout.

@@ -7,8 +7,7 @@ import torch
 
 from megatron_bitlm.cli import main
 from megatron_bitlm.errors import BitLMError
-from megatron_bitlm.inference.autoregressive import TokenGenerator
-from megatron_bitlm.inference.generate import Generator
+from megatron_bitlm.inference.generate import Generator, TokenGenerator
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.token_sampling import TokenSamplerConfig
 from megatron_bitlm.model.bitlm import BitLM
@@ -45,25 +44,23 @@ def generate(model, prompts, sampler=None, cached=True, **settings):
 
 @pytest.mark.parametrize("sampler", [GREEDY, TokenSamplerConfig(temperature=0.8, top_p=0.9)])
 def test_cached_is_uncached(model, sampler):
-    states = {}
-    original = model.states
+    runs = []
     for cached in (True, False):
-        seen = []
+        generator = TokenGenerator(model, sampler=sampler, cached=cached)
+        realise, seen = generator.decoder.realise, []
 
-        def note(ids, layout, seen=seen):
-            hidden = original(ids, layout)
-            seen.append((hidden[-1], ids.shape[1]))
-            return hidden
+        def note(condition, rows, observe, realise=realise, seen=seen):
+            seen.append({row.request.seed: state for row, state in zip(rows, condition, strict=True)})
+            return realise(condition, rows, observe)
 
-        model.states = note
-        states[cached] = (generate(model, PROMPTS, sampler, cached), seen)
-        del model.states
-    (results, seen), (expected, whole) = states[True], states[False]
-    assert results == expected
-    assert [length for _, length in seen[1:]] == [1] * 11
-    assert [length for _, length in whole] == list(range(17, 17 + 12))
-    for (found, _), (wanted, _) in zip(seen, whole, strict=True):
-        torch.testing.assert_close(found, wanted, atol=4e-6, rtol=1e-5)
+        generator.decoder.realise = note
+        runs.append((generator.generate(PROMPTS, max_new_tokens=12), seen))
+    (results, seen), (expected, whole) = runs
+    assert results == expected and len(seen) == len(whole) > 3
+    for found, wanted in zip(seen, whole, strict=True):
+        assert found.keys() == wanted.keys()
+        for seed, state in found.items():
+            torch.testing.assert_close(state, wanted[seed], atol=4e-6, rtol=1e-5)
 
 
 def test_greedy_takes_the_likeliest_token_of_one_pass(model):
@@ -120,9 +117,9 @@ def test_bad_requests(model, prompts, settings, words):
 
 
 def test_generators_take_their_own_kind_of_model(model):
-    with pytest.raises(BitLMError, match="model.output softmax.*use TokenGenerator"):
+    with pytest.raises(BitLMError, match="model.output softmax.*use TokenDecoder"):
         Generator(model, model.code, bos_id=BOS, eos_id=EOS)
-    with pytest.raises(BitLMError, match="model.output diffusion.*use Generator"):
+    with pytest.raises(BitLMError, match="model.output diffusion.*use BlockDecoder"):
         TokenGenerator(object.__new__(BitLM))
 
 

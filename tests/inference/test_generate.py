@@ -11,7 +11,7 @@ from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.head import HeadConfig
 from megatron_bitlm.method.sampler import SamplerConfig
 from megatron_bitlm.model.build import BackboneOverrides, ModelConfig, build_chunks, unwrap
-from megatron_bitlm.model.layout import KVCache, SequenceLayout
+from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.parallel.state import ParallelConfig, initialize_parallel, shutdown_parallel
 
 CODE = BinaryCode(258)
@@ -73,26 +73,30 @@ def run(generator, prompts, **settings):
 
 
 class Recorder:
-    """States of the backbone as a generator asks for them."""
+    """States of the backbone as a generator asks for them, and what it conditions on."""
 
-    def __init__(self, model) -> None:
-        self.model, self.hidden = model, []
+    def __init__(self, model, generator=None) -> None:
+        self.model, self.generator, self.hidden, self.conditions = model, generator, [], []
 
     def __enter__(self):
         self.original = self.model.states
         self.model.states = self._states
+        if self.generator is not None:
+            self.realise = self.generator.decoder.realise
+            self.generator.decoder.realise = self._realise
         return self
 
     def __exit__(self, *_):
         del self.model.states
 
+    def _realise(self, condition, rows, observe):
+        self.conditions.append({row.request.seed: state for row, state in zip(rows, condition, strict=True)})
+        return self.realise(condition, rows, observe)
+
     def _states(self, codes, layout):
         hidden = self.original(codes, layout)
-        self.hidden.append((hidden.clone(), codes.shape[1]))
+        self.hidden.append((hidden.clone(), codes.shape[:2]))
         return hidden
-
-    def newest(self, block_size):
-        return torch.stack([hidden[-block_size:] for hidden, _ in self.hidden])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
@@ -101,18 +105,22 @@ def test_cached_is_uncached(make_model, block_size, precision):
     model = make_model(block_size, precision)
     runs = []
     for cached in (True, False):
-        with Recorder(model) as recorder:
-            results = run(make_generator(model, cached=cached), PROMPTS)
-        runs.append((results, recorder.newest(block_size), [length for _, length in recorder.hidden]))
-    (results, states, lengths), (expected, whole, whole_lengths) = runs
-    difference = (states - whole).abs().max().item()
-    print(f"m = {block_size}, {precision}: cached and uncached states differ by {difference:.2e} at most")
-    assert results == expected
-    assert states.abs().max().item() > 0.5
-    assert difference <= (2e-12 if precision == "fp64" else 4e-6)
-    # The cache feeds one block at a time, the other path the whole prefix.
-    assert lengths[1:] == [block_size] * (len(lengths) - 1) and len(lengths) > 3
-    assert whole_lengths == [lengths[0] + block_size * k for k in range(len(lengths))]
+        generator = make_generator(model, cached=cached)
+        with Recorder(model, generator) as recorder:
+            results = run(generator, PROMPTS)
+        runs.append((results, recorder.conditions, [shape for _, shape in recorder.hidden]))
+    (results, states, shapes), (expected, whole, whole_shapes) = runs
+    assert results == expected and len(states) == len(whole) > 3
+    differences = []
+    for found, wanted in zip(states, whole, strict=True):
+        assert found.keys() == wanted.keys()
+        differences += [(found[seed] - wanted[seed]).abs().max().item() for seed in found]
+        assert max(state.abs().max().item() for state in found.values()) > 0.5
+    print(f"m = {block_size}, {precision}: cached and uncached states differ by {max(differences):.2e} at most")
+    assert max(differences) <= (2e-12 if precision == "fp64" else 4e-6)
+    # The cache feeds one block of each row at a time, the other path all of every row.
+    assert all(shape[1] == block_size for shape in shapes[1:])
+    assert all(rows == 1 and length > 2 * block_size for rows, length in whole_shapes)
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -123,7 +131,7 @@ def test_states_are_those_of_one_training_pass(make_model, block_size):
     with Recorder(model) as recorder:
         result = run(make_generator(model, eos_id=-1), [prompt])[0]
     ids = [BOS] * block_size + prompt + result.ids
-    length = recorder.hidden[0][1] + (len(recorder.hidden) - 1) * block_size
+    length = recorder.hidden[0][1][1] + (len(recorder.hidden) - 1) * block_size
     layout = SequenceLayout.from_batch(None, 1, length, block_size)
     whole = model.states(CODE.encode(torch.tensor([ids[:length]])), layout)
     generated = torch.cat([recorder.hidden[0][0], *(hidden for hidden, _ in recorder.hidden[1:])])
@@ -291,11 +299,3 @@ def test_bad_requests_are_refused(make_model, prompts, settings, words):
 def test_bad_sampler_settings_are_named(make_model):
     with pytest.raises(BitLMError, match="sampler: .*num_steps.* 0"):
         make_generator(make_model(4), sampler=SamplerConfig(num_steps=0))
-
-
-def test_a_full_cache_is_an_error_and_not_an_overflow(make_model):
-    model = make_model(4)
-    cache = KVCache(1, 4)
-    model.states(CODE.encode(torch.tensor([[BOS] * 4])), SequenceLayout.prompt(cache, 4, 4, device="cpu"))
-    with pytest.raises(ValueError, match="cannot take"):
-        model.states(CODE.encode(torch.tensor([[1, 2, 3, 4]])), SequenceLayout.next_block(cache, 4, device="cpu"))

@@ -207,19 +207,19 @@ def test_layout_groups_documents_by_length():
     assert layout.offsets_on(CPU) is layout.offsets_on(CPU)
 
 
-@pytest.mark.parametrize("key_start", [None, [0, 4, 12]])
-def test_cached_blocks_equal_the_full_pass(key_start):
+@pytest.mark.parametrize("behind", [None, [0, 4, 12]])
+def test_cached_blocks_equal_the_full_pass(behind):
+    """Rows may end at different places: `behind` the longest one."""
     block_size, seq_len = 4, 32
     q, k, v, _ = _inputs(3, seq_len, 8, 2, 16)
-    cu_seqlens = None
-    if key_start is not None:  # left padding: the full pass sees the row from its first real key on
-        cu_seqlens = sorted({*range(0, 97, 32), *(32 * row + start for row, start in enumerate(key_start))})
-    full = block_causal_attention(q, k, v, block_size=block_size, cu_seqlens=cu_seqlens, backend="flash")
-    starts = None if key_start is None else torch.tensor(key_start)
+    full = block_causal_attention(q, k, v, block_size=block_size, backend="flash")
     for end in range(16, seq_len + 1, block_size):
-        newest = slice(end - block_size, end)
-        found = cached_block_attention(q[:, newest], k[:, :end], v[:, :end], key_start=starts)
-        assert (found - full[:, newest]).abs().max() < 1e-12
+        ends = [end - missing for missing in behind or [0, 0, 0]]
+        newest = torch.stack([q[row, stop - block_size : stop] for row, stop in enumerate(ends)])
+        expected = torch.stack([full[row, stop - block_size : stop] for row, stop in enumerate(ends)])
+        stops = None if behind is None else torch.tensor(ends)
+        found = cached_block_attention(newest, k[:, :end], v[:, :end], key_stop=stops)
+        assert (found - expected).abs().max() < 1e-12
 
 
 def test_choice_of_backend_and_its_reason():
@@ -281,10 +281,11 @@ def test_bad_shapes_are_refused():
         block_causal_attention(q[0], k[0], v[0], block_size=4)
     with pytest.raises(ValueError, match="2 keys cannot include a block of 4"):
         cached_block_attention(q[:, :4], k[:, :2], v[:, :2])
-    with pytest.raises(ValueError, match="hides part of the block at 12"):
-        cached_block_attention(q[:, :4], k, v, key_start=torch.tensor([0, 13]))
-    with pytest.raises(ValueError, match="key_start needs shape"):
-        cached_block_attention(q[:, :4], k, v, key_start=torch.tensor([0]))
+    for stop in (3, 17):
+        with pytest.raises(ValueError, match=rf"key_stop \[16, {stop}\] must lie in 4..16"):
+            cached_block_attention(q[:, :4], k, v, key_stop=torch.tensor([16, stop]))
+    with pytest.raises(ValueError, match="key_stop needs shape"):
+        cached_block_attention(q[:, :4], k, v, key_stop=torch.tensor([4]))
 
 
 @pytest.mark.gpu

@@ -127,36 +127,51 @@ def test_a_document_does_not_see_its_neighbours():
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
-@pytest.mark.parametrize("padding", [None, [0, 8]])
-def test_cached_decoding_equals_one_full_pass(block_size, padding):
+@pytest.mark.parametrize("lengths", [[20, 20], [20, 12], [8, 20]])
+def test_cached_decoding_equals_one_full_pass(block_size, lengths):
+    """Prompts of unequal length in one pass, then block by block, rows ending at different places."""
     model, codes = build(block_size, "fp64").eval(), random_codes()
-    key_start = None if padding is None else torch.tensor(padding)
-    starts = padding or [0, 0]
-    offsets = sorted({0, 32, 64, starts[0], 32 + starts[1]})
-    full = model(codes, SequenceLayout.from_batch(offsets, ROWS, LENGTH, block_size))
+    full = model(codes, SequenceLayout.from_batch(None, ROWS, LENGTH, block_size)).transpose(0, 1)
 
-    cache = KVCache(ROWS, LENGTH, key_start)
-    parts = [model(codes[:, :20], SequenceLayout.prompt(cache, 20, block_size, device="cpu"))]
-    for start in range(20, LENGTH, block_size):
-        layout = SequenceLayout.next_block(cache, block_size, device="cpu")
-        parts.append(model(codes[:, start : start + block_size], layout))
-    assert cache.length == LENGTH
-    torch.testing.assert_close(torch.cat(parts), full, rtol=0, atol=1e-12)
+    cache = KVCache(ROWS + 1, LENGTH)
+    prompts = torch.cat([codes[row, :length] for row, length in enumerate(lengths)])[None]
+    layout = SequenceLayout.prompts(cache, [0, 1], lengths, block_size, device="cpu")
+    found = model(prompts, layout)[:, 0].split(lengths)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(found[row], full[row, :length], rtol=0, atol=1e-12)
+    while max(cache.lengths) < LENGTH:
+        starts = cache.lengths[:ROWS]
+        newest = torch.stack([codes[row, start : start + block_size] for row, start in enumerate(starts)])
+        states = model(newest, SequenceLayout.next_blocks(cache, ROWS, block_size, device="cpu")).transpose(0, 1)
+        for row, start in enumerate(starts):
+            torch.testing.assert_close(states[row], full[row, start : start + block_size], rtol=0, atol=1e-12)
+    assert cache.lengths == [length + LENGTH - max(lengths) for length in lengths] + [0]
 
-    cache.truncate(LENGTH - block_size)
-    again = model(codes[:, -block_size:], SequenceLayout.next_block(cache, block_size, device="cpu"))
-    torch.testing.assert_close(again, parts[-1], rtol=0, atol=0)
+
+def test_a_row_moves_in_the_cache():
+    model, codes = build(4, "fp64").eval(), random_codes()
+    full = model(codes, SequenceLayout.from_batch(None, ROWS, LENGTH, 4)).transpose(0, 1)
+    cache = KVCache(2, LENGTH)
+    model(codes[:, :16].reshape(1, 32, -1), SequenceLayout.prompts(cache, [0, 1], [16, 16], 4, device="cpu"))
+    cache.move(1, 0)
+    assert cache.lengths == [16, 0]
+    states = model(codes[1:, 16:20], SequenceLayout.next_blocks(cache, 1, 4, device="cpu")).transpose(0, 1)
+    torch.testing.assert_close(states[0], full[1, 16:20], rtol=0, atol=1e-12)
+    cache.release(0)
+    model(codes[:1, :8], SequenceLayout.prompts(cache, [0], [8], 4, device="cpu"))
+    states = model(codes[:1, 8:12], SequenceLayout.next_blocks(cache, 1, 4, device="cpu")).transpose(0, 1)
+    torch.testing.assert_close(states[0], full[0, 8:12], rtol=0, atol=1e-12)
 
 
 def test_a_full_cache_says_so():
     model, cache = build(), KVCache(ROWS, 8)
-    model(random_codes(length=8), SequenceLayout.prompt(cache, 8, 4, device="cpu"))
-    with pytest.raises(ValueError, match="8 tokens cannot take"):
-        model(random_codes(length=4), SequenceLayout.next_block(cache, 4, device="cpu"))
-    with pytest.raises(ValueError, match="empty cache"):
-        SequenceLayout.prompt(cache, 8, 4, device="cpu")
-    with pytest.raises(ValueError, match="cannot cut"):
-        cache.truncate(12)
+    model(random_codes(length=8).reshape(1, 16, -1), SequenceLayout.prompts(cache, [0, 1], [8, 8], 4, device="cpu"))
+    with pytest.raises(ValueError, match="row 0 of a cache of 8 tokens cannot take 4 behind 8"):
+        SequenceLayout.next_blocks(cache, ROWS, 4, device="cpu")
+    with pytest.raises(ValueError, match="row 1 of the cache holds 8 tokens; prompts fill empty rows"):
+        SequenceLayout.prompts(cache, [1], [8], 4, device="cpu")
+    with pytest.raises(ValueError, match="cannot take 12 behind 0"):
+        SequenceLayout.prompts(KVCache(1, 8), [0], [12], 4, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +273,7 @@ def test_unavailable_features_are_refused_by_name():
 
 
 def test_ranks_of_a_context_do_not_decode():
-    layout = SequenceLayout.prompt(KVCache(ROWS, LENGTH), 16, 4, device="cpu")
+    layout = SequenceLayout.prompts(KVCache(ROWS, LENGTH), [0], [16], 4, device="cpu")
     with pytest.raises(ValueError, match="one context-parallel rank"):
         layout.for_context_rank(0, 2)
 

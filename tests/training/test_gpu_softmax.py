@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bitlm.inference.autoregressive import TokenGenerator
+from megatron_bitlm.inference.generate import TokenGenerator
 from megatron_bitlm.inference.load import loaded_model
 from megatron_bitlm.method.token_sampling import TokenSamplerConfig
 from tests.training_runs import read_metrics, train
