@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import astuple
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_bitlm.errors import BitLMError
@@ -166,10 +165,7 @@ class TokenDecoder:
 
     def realise(self, condition: Tensor, rows: list[Row], observe: Observer | None) -> list[list[int]]:
         """The next token of every row, as a block of one."""
-        logits = gather_from_tensor_model_parallel_region(
-            self.model.logits(condition.transpose(0, 1)), group=self.model.pg_collection.tp
-        )
-        logits = logits[0, :, : self.vocab_size]
+        logits = self.model.whole_logits(condition.transpose(0, 1))[0]
         # Draws are numbered from each row's own start, and hold 48 bits: 24 are few for 150,000 ids.
         key = torch.tensor([row.request.seed for row in rows], dtype=torch.int64, device=self.device)
         place = torch.tensor([len(row.ids) for row in rows], device=self.device)

@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -197,6 +198,11 @@ class SoftmaxLM(Backbone):
             with torch.no_grad():
                 logits[..., max(first_padding, 0) :] = -torch.inf
         return logits
+
+    def whole_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [S, B, V] of all ids, on every tensor-parallel rank, for states [S, B, D]. Collective over these."""
+        logits = gather_from_tensor_model_parallel_region(self.logits(hidden), group=self.pg_collection.tp)
+        return logits[..., : self.code.vocab_size]
 
     def states(self, ids: Tensor, layout: SequenceLayout) -> Tensor:
         """Final states [S, B, D] of ids [B, S], without the output layer; for generation on one pipeline stage."""
