@@ -35,6 +35,7 @@ from megatron_bitlm.method.attention_layout import BlockCausalLayout
 from megatron_bitlm.method.attention_packages import PACKAGE_KERNELS, package_obstacle
 
 FLASH_BACKENDS = ("flash", "flash_eager", "flash_attn2", "flash_attn3", "transformer_engine")
+_MIN_CUDNN = 90600
 _MAX_CUDA_HEAD_DIM = {"transformer_engine": 128}
 # From this m * Hk on, copying heads apart is cheaper on CPU than the products of heads that do not match.
 _CPU_KEYS_WORTH_SPLITTING = 64
@@ -82,6 +83,11 @@ def flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, back
         return f"CUDA flash attention needs compute capability 8.0, this device has {major}.{minor}"
     if backend == "flash_attn3" and major != 9:
         return f"FlashAttention 3 needs compute capability 9.0 (Hopper), this device has {major}.{minor}"
+    if backend == "transformer_engine" and (major >= 12 or (torch.backends.cudnn.version() or 0) < _MIN_CUDNN):
+        return (
+            "cuDNN gives the log-sum-exp of packed documents unpadded from version 9.6 on and below compute capability "
+            f"12.0, here are {torch.backends.cudnn.version()} and {major}.{minor}"
+        )
     return None
 
 

@@ -121,12 +121,16 @@ def _transformer_engine_arguments(
         "max_seqlen_kv": layout.seq_len,
         "cu_seqlens_q": offsets,
         "cu_seqlens_kv": offsets,
+        # Where each document starts in memory: the same, but a missing one is read all the same.
+        "cu_seqlens_q_padded": offsets,
+        "cu_seqlens_kv_padded": offsets,
         "fake_dtype": q.dtype,
         "fused_attention_backend": _module("transformer_engine").FusedAttnBackend["F16_arbitrary_seqlen"],
         "attn_scale": scale,
         "dropout": 0.0,
         "qkv_layout": "thd_thd_thd",
         "attn_mask_type": "padding_causal",
+        "window_size": (-1, 0),
     }
     # Newer versions ask for the layouts of the output and the gradients apart.
     formats = {"o_format": "thd", "do_format": "thd", "dqkv_layout": "thd_thd_thd"}
@@ -184,7 +188,8 @@ _GRADIENT_NAMES = {"dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"
 _FA2_OPTIONS = {"dropout_p", "causal", "window_size_left", "window_size_right", "softcap", "alibi_slopes", "rng_state"}
 _TE_NAMES = {
     *("max_seqlen_q", "max_seqlen_kv", "cu_seqlens_q", "cu_seqlens_kv", "q", "k", "v", "fake_dtype"),
-    *("fused_attention_backend", "attn_scale", "dropout", "qkv_layout", "attn_mask_type"),
+    *("cu_seqlens_q_padded", "cu_seqlens_kv_padded", "fused_attention_backend", "attn_scale", "dropout"),
+    *("qkv_layout", "attn_mask_type", "window_size"),
 }
 _PACKAGES = {
     "flash_attn2": _Package(

@@ -104,44 +104,35 @@ def transformer_engine() -> types.SimpleNamespace:
     """Of Transformer Engine 2.20; unused arguments left out."""
     FusedAttnBackend = {"F16_arbitrary_seqlen": object()}  # noqa: N806
 
-    def check(max_q, max_kv, cu_q, cu_kv, backend, layout, mask):
+    def check(max_q, max_kv, cu_q, cu_kv, padded, backend, layout, mask, window):
+        assert all(x is cu_q for x in padded) and window == (-1, 0)
         assert cu_q.dtype == torch.int32 and cu_q.tolist() == cu_kv.tolist() == DOCUMENTS
         assert max_q == max_kv == 32 and layout == "thd_thd_thd" and mask == "padding_causal"
         assert backend is FusedAttnBackend["F16_arbitrary_seqlen"]
 
     def fused_attn_fwd(
         is_training, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, fake_dtype,
-        fused_attention_backend, attn_bias=None, attn_scale=None, dropout=0.0, qkv_layout="sbh3d", o_format="sbhd",
-        attn_mask_type="padding",
+        fused_attention_backend, attn_bias=None, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None,
+        attn_scale=None, dropout=0.0, qkv_layout="sbh3d", o_format="sbhd",
+        attn_mask_type="padding", window_size=(-1, -1),
     ):  # fmt: skip
         assert is_training and o_format == "thd" and fake_dtype == q.dtype
-        check(
-            max_seqlen_q,
-            max_seqlen_kv,
-            cu_seqlens_q,
-            cu_seqlens_kv,
-            fused_attention_backend,
-            qkv_layout,
-            attn_mask_type,
-        )
+        offsets = (cu_seqlens_q_padded, cu_seqlens_kv_padded)
+        places = (max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, offsets, fused_attention_backend)
+        check(*places, qkv_layout, attn_mask_type, window_size)
         out, lse, *_ = causal_softmax(q, k, v, cu_seqlens_q, attn_scale)
         return out, [lse.t().contiguous().unsqueeze(-1), torch.zeros(2)]
 
     def fused_attn_bwd(
         max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, o, d_o, fake_dtype, aux_ctx_tensors,
-        fused_attention_backend, attn_scale=None, dropout=0.0, qkv_layout="sbh3d", o_format="sbhd", do_format="sbhd",
-        dqkv_layout="sbh3d", attn_mask_type="padding", deterministic=False,
+        fused_attention_backend, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None,
+        attn_scale=None, dropout=0.0, qkv_layout="sbh3d", o_format="sbhd", do_format="sbhd",
+        dqkv_layout="sbh3d", attn_mask_type="padding", window_size=(-1, -1), deterministic=False,
     ):  # fmt: skip
         assert o_format == do_format == "thd" and dqkv_layout == "thd_thd_thd"
-        check(
-            max_seqlen_q,
-            max_seqlen_kv,
-            cu_seqlens_q,
-            cu_seqlens_kv,
-            fused_attention_backend,
-            qkv_layout,
-            attn_mask_type,
-        )
+        offsets = (cu_seqlens_q_padded, cu_seqlens_kv_padded)
+        places = (max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, offsets, fused_attention_backend)
+        check(*places, qkv_layout, attn_mask_type, window_size)
         stats, _ = aux_ctx_tensors
         assert stats.shape == (64, q.shape[1], 1) and stats.is_contiguous()
         return (*gradients(d_o, q, k, v, o, stats.squeeze(-1).t(), cu_seqlens_q, attn_scale), None)
@@ -234,6 +225,7 @@ def test_pytorchs_own_kernel_takes_what_it_is_given():
         ((9, 0), ["transformer_engine", "flash_attn2"], "transformer_engine"),
         ((10, 0), ["flash_attn3", "transformer_engine"], "transformer_engine"),  # FlashAttention 3 is Hopper's
         ((8, 0), ["transformer_engine", "flash_attn2"], "flash"),
+        ((12, 0), ["transformer_engine"], "flash"),  # cuDNN pads the log-sum-exp there
         ((9, 0), [], "flash"),
         ((7, 5), ["transformer_engine"], "dense"),
     ],
@@ -242,6 +234,7 @@ def test_auto_takes_the_fastest_that_runs(monkeypatch, install, capability, inst
     pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
     for name in installed:
         install(name)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert attention.choose_backend(CUDA, torch.bfloat16, 128) == expected
 
