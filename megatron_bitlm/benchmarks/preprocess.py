@@ -78,7 +78,8 @@ def bench_preprocess(settings: PreprocessBenchmark, output: Path | None = None) 
     settings.validate()
     for name, value in {"tokenizer": settings.tokenizer, "ranks": settings.ranks, "input": settings.input}.items():
         if value is not None and not Path(value).is_file():
-            raise BitLMError(f"{name} {value}: no such file")
+            hint = "; give a tokenizer.json, for example from the folder of a Qwen3 model" * (name == "tokenizer")
+            raise BitLMError(f"{name} {value}: no such file{hint}")
     if not settings.tokenizer.endswith(".json"):
         raise BitLMError(f"tokenizer {settings.tokenizer}: the recipe needs a tokenizer.json")
     device = settings.torch_device()
