@@ -93,6 +93,19 @@ def test_counts_of_a_test_report(tmp_path):
     assert suite.read_test_report(path)["error"] == "no test ran"
 
 
+def test_marked_tests_are_run_once(tmp_path, monkeypatch):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    body = "import pytest\n@pytest.mark.gpu\ndef test_a(): pass\n@pytest.mark.gpu\ndef test_b(): assert False\n"
+    (tests / "test_it.py").write_text(body + "def test_unmarked(): assert False\n")
+    monkeypatch.setattr(suite, "_TESTS", tests)
+    found = suite.run_tests(tmp_path, 5)
+    assert found == {"error": "1 tests failed", "num_passed": 1, "num_skipped": 0, "failed": ["tests.test_it::test_b"]}
+    (tests / "test_it.py").unlink()
+    assert suite.run_tests(tmp_path, 5) == found
+    assert "1 failed, 1 passed, 1 deselected" in (tmp_path / "tests.log").read_text()
+
+
 def test_a_part_that_takes_too_long(tmp_path):
     found = run_part(ATTENTION, tmp_path, SuiteBenchmark(timeout_minutes=0.001))
     assert found == {"error": "stopped after 0.001 minutes", "report": None}
