@@ -24,6 +24,9 @@ from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.model.softmax import SoftmaxLM
 
+# Samplers kept ready: each holds the modulations of its steps, and requests may name any settings.
+_MAX_NUM_SAMPLERS = 32
+
 
 class BlockDecoder:
     """A BitLM.
@@ -62,16 +65,20 @@ class BlockDecoder:
         self.sampler(request.sampler)
 
     def sampler(self, config: SamplerConfig | TokenSamplerConfig | None) -> GraphedSampler:
-        """The sampler of these settings; times, grids and null modulations are computed once for each."""
+        """The sampler of these settings; times, grids and null modulations are kept for those used last."""
         config = config or SamplerConfig()
         if not isinstance(config, SamplerConfig):
             raise BitLMError("a BitLM takes the settings of a SamplerConfig, not of a softmax's sampler")
         key = astuple(config)
-        if key not in self._samplers:
+        if key in self._samplers:
+            self._samplers[key] = self._samplers.pop(key)
+        else:
             try:
                 sampler = BlockSampler(self.model.head, config, self.profile)
             except ValueError as error:
                 raise BitLMError(f"sampler: {error}") from error
+            if len(self._samplers) >= _MAX_NUM_SAMPLERS:
+                del self._samplers[next(iter(self._samplers))]
             self._samplers[key] = GraphedSampler(sampler, enabled=self.cuda_graphs)
         return self._samplers[key]
 
