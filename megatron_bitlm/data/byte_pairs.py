@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-# Onig's and fancy-regex's notation of the same splits; checked against each other over all of Unicode.
-_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Regexes of files that split as one of tiktoken's sets of ranks does.
-_REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_KNOWN_PATTERNS = frozenset(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)" + _REST % digits for digits in ("", "{1,3}"))
+from megatron_bitlm.data.split_patterns import SPLIT_PATTERNS
+
+# Expressions that files of the `tokenizers` library spell as tiktoken does; checked over all of Unicode (Qwen's).
+_KNOWN_PATTERNS = frozenset({SPLIT_PATTERNS["qwen"], SPLIT_PATTERNS["cl100k"]})
 # tiktoken's regex engine overflows its stack on some runs of a million white-space characters.
 MAX_SPACE_RUN = 1 << 16
 NUM_CHARS_WORTH_SPEED = 1 << 18
@@ -94,7 +93,7 @@ def _split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     """The regular expression that splits text before merging; None where it is not one of the known ones."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return _GPT2_PATTERN
+            return SPLIT_PATTERNS["gpt2"]
         case {
             "type": "Sequence",
             "pretokenizers": [

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bitlm.data.byte_pairs import MAX_SPACE_RUN, LibraryEncoder, has_long_space_run
+from megatron_bitlm.data.split_patterns import PATTERN_OF_NUM_RANKS, SPLIT_PATTERNS
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.errors import BitLMError
 
@@ -20,21 +21,6 @@ TRAINED_EOS = "<|eos|>"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BOS_CANDIDATES = ("<|im_start|>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "<s>", "<bos>", "[CLS]")
 _EOS_CANDIDATES = ("<|eos|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
-
-# How each published set of ranks splits text before merging: part of the vocabulary's definition.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LETTERS_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LETTERS_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SPLIT_PATTERNS = {
-    "qwen": _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "cl100k": _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTERS_UPPER}*{_LETTERS_LOWER}+{_CONTRACTIONS}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_LETTERS_UPPER}+{_LETTERS_LOWER}*{_CONTRACTIONS}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-}
-_PATTERN_OF_NUM_RANKS = {151_643: "qwen", 100_256: "cl100k", 199_998: "o200k", 50_256: "gpt2"}
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -59,14 +45,14 @@ class TiktokenTokenizer(Tokenizer):
         self._ranks_file = content
         ranks = _parse_ranks(content, name)
         if pattern is None:
-            if len(ranks) not in _PATTERN_OF_NUM_RANKS:
-                known = ", ".join(f"{n} ({key})" for n, key in _PATTERN_OF_NUM_RANKS.items())
+            if len(ranks) not in PATTERN_OF_NUM_RANKS:
+                known = ", ".join(f"{n} ({key})" for n, key in PATTERN_OF_NUM_RANKS.items())
                 raise BitLMError(
                     f"tokenizer {name}: {len(ranks)} ranks is none of the known sets {known}; set `pattern` "
                     "to qwen, cl100k, o200k, gpt2 or a regular expression"
                 )
-            pattern = _PATTERN_OF_NUM_RANKS[len(ranks)]
-        self._pattern = _SPLIT_PATTERNS.get(pattern, pattern)
+            pattern = PATTERN_OF_NUM_RANKS[len(ranks)]
+        self._pattern = SPLIT_PATTERNS.get(pattern, pattern)
         self.eos_id, self.bos_id = len(ranks), len(ranks) + 1
         self.vocab_size = len(ranks) + 2
         try:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_bitlm.benchmarks.attention import AttentionBenchmark, bench_attention, build_call
-from megatron_bitlm.benchmarks.memory import peak_memory
 from megatron_bitlm.cli import main
 from megatron_bitlm.errors import BitLMError
 
@@ -27,11 +26,12 @@ def test_report(tmp_path, capsys, mean_document_tokens):
     assert all(name in printed for name in variants)
 
 
-def test_masked_attention_needs_the_memory_of_its_mask():
-    sizes = {**SMALL, "seq_len": 4096, "num_heads": 1, "num_kv_heads": 1}
-    settings = AttentionBenchmark(**sizes)
-    fast, masked = (peak_memory(build_call, settings, name, torch.device("cpu")) for name in ("fast", "masked_sdpa"))
-    assert masked > fast + 4096 * 4096 * 4
+def test_contestants_of_processes_of_their_own():
+    """Alone in a process a contestant computes what it does beside the others."""
+    settings = AttentionBenchmark(**SMALL, mean_document_tokens=12)
+    fast, masked = (build_call(settings, name)() for name in ("fast", "masked_sdpa"))
+    for one, other in zip(fast, masked, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_further_backends(capsys):
