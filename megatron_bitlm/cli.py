@@ -141,6 +141,12 @@ def _plan(arguments: list[str]) -> None:
     run_plan(parse_run(settings), options)
 
 
+def _scaling(arguments: list[str]) -> None:
+    from megatron_bitlm.scaling.command import run_scaling
+
+    run_scaling(arguments)
+
+
 def _bench(arguments: list[str]) -> None:
     from megatron_bitlm.benchmarks.command import run_bench
 
@@ -165,6 +171,7 @@ _COMMANDS: dict[str, tuple[str, Handler]] = {
     "import": ("make a checkpoint of a Hugging Face folder", _import),
     "slurm": ("submit pretraining, evaluation or preprocessing to a Slurm cluster", _slurm),
     "plan": ("memory, FLOPs and likely speed of a run on N GPUs, and layouts worth trying", _plan),
+    "scaling": ("plan, train, gather and fit a scaling study", _scaling),
     "bench": ("compare the speed of variants", _bench),
     "quickstart": ("everything once, at small size, on this machine's documentation", _quickstart),
 }

@@ -1,0 +1,1 @@
+"""Scaling laws: runs planned over sizes and budgets, gathered, and fitted."""
