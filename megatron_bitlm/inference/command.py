@@ -22,6 +22,8 @@ _DIFFUSION_OPTIONS = {
     "guidance_mode": "guidance_mode",
     "grid": "grid",
     "noise_raise": "noise_raise",
+    "early_exit": "early_exit",
+    "early_exit_steps": "early_exit_steps",
 }
 _SOFTMAX_OPTIONS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
 
@@ -100,6 +102,8 @@ def _add_diffusion_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--guidance-mode", choices=modes, help=f"default {defaults.guidance_mode}")
     group.add_argument("--grid", choices=grids, help=f"times of the steps (default {defaults.grid})")
     group.add_argument("--noise-raise", type=float, help="eta of the stochastic sampler; 0 is Euler (default 0)")
+    group.add_argument("--early-exit", type=float, help="end a block once every bit is so sure (default: never)")
+    group.add_argument("--early-exit-steps", type=int, help="for so many steps in a row (default 1)")
 
 
 def _add_softmax_options(group: argparse._ArgumentGroup) -> None:

@@ -18,7 +18,7 @@ from megatron_bitlm.inference.prompts import Request
 from megatron_bitlm.method.codes import BinaryCode
 from megatron_bitlm.method.noise import Stream, normal, uniform
 from megatron_bitlm.method.path import TabulatedTime
-from megatron_bitlm.method.sampler import BlockSampler, KnownSlots, SamplerConfig
+from megatron_bitlm.method.sampler import BlockSampler, KnownSlots, SampledBlocks, SamplerConfig
 from megatron_bitlm.method.token_sampling import TokenSamplerConfig, choose_tokens
 from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.layout import SequenceLayout
@@ -99,16 +99,19 @@ class BlockDecoder:
         for members in groups.values():
             own = [rows[index] for index in members]
             part = condition if len(groups) == 1 else condition[torch.tensor(members, device=self.device)]
-            final = self._denoise(part, own, observe)
-            num_invalid = (~self.code.is_valid(final)).sum(-1).tolist()
-            for index, ids, count in zip(members, self.code.decode(final).tolist(), num_invalid, strict=True):
-                blocks[index] = ids
-                rows[index].result.num_blocks += 1
-                rows[index].result.num_invalid += count
+            sampled = self._denoise(part, own, observe)
+            num_invalid = (~self.code.is_valid(sampled.bits)).sum(-1, keepdim=True)
+            # One wait for the device, not two.
+            decoded = torch.cat([self.code.decode(sampled.bits), num_invalid], dim=1).tolist()
+            for row, index, values, num_evaluations in zip(own, members, decoded, sampled.num_evaluations, strict=True):
+                *blocks[index], num_wrong = values
+                row.result.num_blocks += 1
+                row.result.num_evaluations += num_evaluations
+                row.result.num_invalid += num_wrong
         return blocks
 
-    def _denoise(self, condition: Tensor, rows: list[Row], observe: Observer | None) -> Tensor:
-        """Final analog bits [B, M, K] of rows with one sampler."""
+    def _denoise(self, condition: Tensor, rows: list[Row], observe: Observer | None) -> SampledBlocks:
+        """The next blocks of rows with one sampler."""
         sampler = self.sampler(rows[0].request.sampler)
         shape = (self.block_size, self.code.num_bits)
         steps = sampler.config.num_steps if sampler.config.noise_raise > 0 else 0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bitlm.method.sampler import BlockSampler, SamplerConfig
+from megatron_bitlm.method.sampler import BlockSampler, SampledBlocks, SamplerConfig
 
 _NUM_WARMUP_CALLS = 2
 
@@ -23,7 +23,7 @@ class GraphedSampler:
     """
 
     def __init__(self, sampler: BlockSampler, *, enabled: bool) -> None:
-        self.sampler, self.enabled = sampler, enabled
+        self.sampler, self.enabled = sampler, enabled and sampler.config.early_exit is None
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -31,8 +31,8 @@ class GraphedSampler:
         """The sampler's settings."""
         return self.sampler.config
 
-    def __call__(self, condition: Tensor, initial_noise: Tensor, **options: Any) -> Tensor:
-        """Final analog bits [N, M, K], as `BlockSampler.sample`."""
+    def __call__(self, condition: Tensor, initial_noise: Tensor, **options: Any) -> SampledBlocks:
+        """As `BlockSampler.sample`."""
         if not self.enabled or any(option is not None for option in options.values()):
             return self.sampler.sample(condition, initial_noise, **options)
         key = tuple(condition.shape)
@@ -42,7 +42,7 @@ class GraphedSampler:
         own_condition.copy_(condition)
         own_noise.copy_(initial_noise)
         graph.replay()
-        return final.clone()
+        return SampledBlocks(final.clone(), [self.config.num_steps] * len(final))
 
     def _capture(self, condition: Tensor, initial_noise: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
         condition, initial_noise = condition.clone(), initial_noise.clone()
@@ -55,5 +55,5 @@ class GraphedSampler:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            final = self.sampler.sample(condition, initial_noise)
+            final = self.sampler.sample(condition, initial_noise).bits
         return graph, condition, initial_noise, final

@@ -15,12 +15,14 @@ class Generation:
     """What one prompt became.
 
     ids: new token ids, without the EOS; finished: EOS was generated; num_blocks: blocks denoised (none by a softmax);
-    num_invalid: slots whose final sign pattern belonged to no id and was moved to the nearest.
+    num_evaluations: of the head for these blocks (with and without the condition is one); num_invalid: slots whose
+    final sign pattern belonged to no id and was moved to the nearest.
     """
 
     ids: list[int] = field(default_factory=list)
     finished: bool = False
     num_blocks: int = 0
+    num_evaluations: int = 0
     num_invalid: int = 0
 
 

@@ -35,12 +35,15 @@ class SamplerConfig:
     """How one block is realised.
 
     Attributes:
-        num_steps: Denoising steps (the paper's K); the head is evaluated exactly this often.
+        num_steps: Denoising steps (the paper's K); without `early_exit` the head is evaluated exactly this often.
         guidance: Classifier-free guidance scale; 1 costs one head pass, anything else two.
         guidance_mode: `mean` (the paper), `clipped` (to +-1) or `logit` (guide the logits, stays inside the cube).
         grid: Times of the steps: `uniform` (the paper), `logsnr`, or `entropy` (equal quantiles of the entropy rate).
         noise_raise: Strength eta of the stochastic sampler; 0 is the deterministic Euler solver.
         noise_gate: `entropy` scales eta by the entropy rate at each step, `constant` does not.
+        early_exit: End a block once every open bit's guided clean estimate is at least this far from zero; the estimate
+            is then the block. Null makes all steps. A guess, not a proof: the head may still change its mind.
+        early_exit_steps: Successive steps for which that must hold, with the same signs.
     """
 
     num_steps: int = 15
@@ -49,6 +52,8 @@ class SamplerConfig:
     grid: GridName = "uniform"
     noise_raise: float = 0.0
     noise_gate: Literal["entropy", "constant"] = "entropy"
+    early_exit: float | None = None
+    early_exit_steps: int = 1
 
     def validate(self) -> None:
         """Raise ValueError naming the setting and its value."""
@@ -64,6 +69,10 @@ class SamplerConfig:
             raise ValueError(f"unknown noise_gate {self.noise_gate!r}: choose entropy or constant")
         if not 0 <= self.noise_raise <= MAX_NOISE_RAISE:
             raise ValueError(f"noise_raise must lie in [0, {MAX_NOISE_RAISE:.4f}], got {self.noise_raise}")
+        if self.early_exit is not None and not self.early_exit > 0:
+            raise ValueError(f"early_exit must be a number > 0 or null, got {self.early_exit}")
+        if self.early_exit_steps < 1:
+            raise ValueError(f"early_exit_steps must be at least 1, got {self.early_exit_steps}")
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, mode: GuidanceMode) -> Tensor:
@@ -140,16 +149,29 @@ class KnownSlots:
         held = (1.0 - time) * self.codes + time * initial_noise
         return torch.where(self.mask[..., None], held, noisy)
 
+    def take(self, blocks: Tensor) -> KnownSlots:
+        """Those of some blocks, int64 [n]."""
+        return KnownSlots(self.codes[blocks], self.mask[blocks])
+
 
 FreshNoise = Callable[[int], Tensor]
 Observer = Callable[[float, Tensor], None]
 
 
+@dataclass
+class SampledBlocks:
+    """bits: final analog bits a_0 [N, M, K] (float32), their signs are the blocks (eq. 24); num_evaluations: of the head,
+    for each block (a guided one, with and without the condition, counts once)."""
+
+    bits: Tensor
+    num_evaluations: list[int]
+
+
 class BlockSampler:
-    """Samples blocks with one head under fixed settings; times, grids and null modulations are computed once.
+    """Samples blocks with one head under fixed settings; times, grids and null modulations are computed once, here.
 
     Args:
-        head: The diffusion head, in eval mode.
+        head: The diffusion head, in eval mode, with the weights it is to keep.
         config: Steps, guidance, grid.
         profile: Measured entropy rate for the entropy grid and gate, or None for that of independent bits.
 
@@ -162,11 +184,14 @@ class BlockSampler:
         self.head, self.config = head, config
         self.times = time_grid(config.grid, config.num_steps, profile).tolist()
         self.raises = noise_raises(config, torch.tensor(self.times, dtype=torch.float64), profile)
-        self.guided = config.guidance != 1.0
         device = head.input.weight.device
         self.evaluation_times = torch.tensor(
             [self._raised(k) for k in range(config.num_steps)], dtype=torch.float32, device=device
         )
+        self.null: Modulation | None = None
+        if config.guidance != 1.0:
+            with torch.no_grad():
+                self.null = head.modulation(head.null(), self.evaluation_times[:, None])
 
     def _raised(self, step: int) -> float:
         time, eta = self.times[step], self.raises[step]
@@ -184,66 +209,153 @@ class BlockSampler:
         known: KnownSlots | None = None,
         fresh_noise: FreshNoise | None = None,
         observe: Observer | None = None,
-    ) -> Tensor:
-        """Final analog bits a_0 [N, M, K] (float32); their signs are the block (eq. 24).
+    ) -> SampledBlocks:
+        """Realise N blocks. Without `early_exit` nothing waits for the device.
 
         Args:
             condition: C of the previous block, [N, M, D].
             initial_noise: a_1, standard normal [N, M, K], float32.
             known: Slots held to given codes.
             fresh_noise: step index -> standard normal [N, M, K]; needed when noise_raise > 0.
-            observe: Called with (time, state) at t = 1 and after every step.
+            observe: Called with (time, state) at t = 1 and after every step; a block that has ended keeps its bits.
         """
-        conditional, null = self._modulations(condition)
-        state = initial_noise
-        for step, (time, next_time) in enumerate(zip(self.times[:-1], self.times[1:], strict=True)):
-            if known is not None:
-                state = known.hold(state, initial_noise, time)
-            if observe is not None and step == 0:
-                observe(time, state)
-            if self.raises[step] > 0:
-                if fresh_noise is None:
-                    raise ValueError("noise_raise > 0 needs fresh_noise")
-                state, time = raise_noise(state, time, self.raises[step], fresh_noise(step))
-                if known is not None:
-                    state = known.hold(state, initial_noise, time)
-            clean = self._estimate(state, step, conditional, null)
-            state = euler_step(state, clean, time, next_time)
+        running = _Running(initial_noise, initial_noise, known, self._modulation(condition))
+        ended = _Ended(self.config, initial_noise)
+        for step, next_time in enumerate(self.times[1:]):
+            clean = self._step(running, step, fresh_noise, observe if step == 0 else None)
+            if ended.is_possible and step + 1 < self.config.num_steps:
+                ended.take_settled(running, clean, step + 1)
             if observe is not None:
-                observe(next_time, state if known is None else known.hold(state, initial_noise, next_time))
-        return state if known is None else known.hold(state, initial_noise, 0.0)
+                observe(next_time, ended.with_running(running, next_time))
+            if not len(running.state):
+                # Observers are owed every time of the grid.
+                if observe is not None:
+                    for later in self.times[step + 2 :]:
+                        observe(later, ended.bits)
+                break
+        return SampledBlocks(ended.with_running(running, 0.0), ended.num_evaluations)
 
-    def _modulations(self, condition: Tensor) -> tuple[Modulation, Modulation | None]:
-        """Modulations of all steps in one matrix product each: they do not depend on the state."""
-        times = self.evaluation_times
-        dtype = self.head.input.weight.dtype
-        embedded = self.head.embed_condition(condition.to(dtype))
-        conditional = self.head.modulation(embedded, times[:, None].expand(-1, len(condition)))
-        null = self.head.modulation(self.head.null(), times[:, None]) if self.guided else None
-        return conditional, null
+    def _step(self, running: _Running, step: int, fresh_noise: FreshNoise | None, observe: Observer | None) -> Tensor:
+        """Move the running blocks to the next time; returns their clean estimate [n, M, K]."""
+        time = self.times[step]
+        state = running.held(time)
+        if observe is not None:
+            observe(time, state)
+        if self.raises[step] > 0:
+            if fresh_noise is None:
+                raise ValueError("noise_raise > 0 needs fresh_noise")
+            fresh = fresh_noise(step)
+            fresh = fresh if running.places is None else fresh[running.places]
+            running.state, time = raise_noise(state, time, self.raises[step], fresh)
+            state = running.held(time)
+        clean = self._estimate(state, step, running.modulation)
+        running.state = euler_step(state, clean, time, self.times[step + 1])
+        return clean
 
-    def _estimate(self, state: Tensor, step: int, conditional: Modulation, null: Modulation | None) -> Tensor:
-        num_blocks = state.shape[0]
-        time = self.evaluation_times[step]
-        mod = Modulation([g[step] for g in conditional.groups], conditional.final[step])
-        if null is None:
-            return clean_estimate(self.head.denoise(state, time.expand(num_blocks), mod))
-        both = Modulation(
-            [_stack(c, n[step]) for c, n in zip(mod.groups, null.groups, strict=True)],
-            _stack(mod.final, null.final[step]),
+    def _modulation(self, condition: Tensor) -> Modulation:
+        """Of all steps, in one matrix product: it does not depend on the state. [T, N, ...], guided [T, 2N, ...]."""
+        embedded = self.head.embed_condition(condition.to(self.head.input.weight.dtype))
+        own = self.head.modulation(embedded, self.evaluation_times[:, None].expand(-1, len(condition)))
+        if self.null is None:
+            return own
+        return Modulation(
+            [_stack(c, n) for c, n in zip(own.groups, self.null.groups, strict=True)],
+            _stack(own.final, self.null.final),
         )
-        logits = self.head.denoise(torch.cat([state, state]), time.expand(2 * num_blocks), both)
-        c, u = logits.chunk(2)
-        return guide(c, u, self.config.guidance, self.config.guidance_mode)
+
+    def _estimate(self, state: Tensor, step: int, modulation: Modulation) -> Tensor:
+        own = Modulation([group[step] for group in modulation.groups], modulation.final[step])
+        if self.null is not None:
+            state = torch.cat([state, state])
+        logits = self.head.denoise(state, self.evaluation_times[step].expand(len(state)), own)
+        if self.null is None:
+            return clean_estimate(logits)
+        conditional, unconditional = logits.chunk(2)
+        return guide(conditional, unconditional, self.config.guidance, self.config.guidance_mode)
+
+
+@dataclass
+class _Running:
+    """Blocks still being denoised, n of N.
+
+    state, initial_noise: [n, M, K]; known: of these blocks; modulation: [T, n, ...] or guided [T, 2n, ...]; places:
+    int64 [n], their numbers, or None while all run.
+    """
+
+    state: Tensor
+    initial_noise: Tensor
+    known: KnownSlots | None
+    modulation: Modulation
+    places: Tensor | None = None
+
+    def held(self, time: float) -> Tensor:
+        """The state with the known slots held to their codes."""
+        return self.state if self.known is None else self.known.hold(self.state, self.initial_noise, time)
+
+    def keep(self, blocks: Tensor) -> None:
+        """Go on with some of them, int64 [k], so that the head's batch shrinks."""
+        num_sides = self.modulation.final.shape[1] // len(self.state)
+        rows = torch.cat([blocks + side * len(self.state) for side in range(num_sides)])
+        self.modulation = Modulation([g[:, rows] for g in self.modulation.groups], self.modulation.final[:, rows])
+        self.state, self.initial_noise = self.state[blocks], self.initial_noise[blocks]
+        self.known = None if self.known is None else self.known.take(blocks)
+        self.places = blocks if self.places is None else self.places[blocks]
+
+
+class _Ended:
+    """Early exit: which blocks have settled, and their bits.
+
+    Nothing can be proven: the block is the sign of the head's last estimate, and the head may answer anything to its
+    last input. Even the sign of that input, a_{t_1}, is safe only where |a_t| > (t / t_1 - 1) B, B the largest estimate:
+    outside the cube until the last step but one of a uniform grid. So settled is what the estimates say.
+    """
+
+    def __init__(self, config: SamplerConfig, like: Tensor) -> None:
+        self.config, self.is_possible = config, config.early_exit is not None
+        self.num_evaluations, self.bits = [config.num_steps] * len(like), like
+        if self.is_possible:
+            self.bits = torch.zeros_like(like)
+            self.signs = torch.zeros_like(like, dtype=torch.bool)
+            self.num_steps_held = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+
+    def take_settled(self, running: _Running, clean: Tensor, num_evaluations: int) -> None:
+        """Move the running blocks whose estimate `clean` [n, M, K] has settled here."""
+        far, signs = clean.abs() >= self.config.early_exit, clean >= 0
+        if running.known is not None:
+            far |= running.known.mask[..., None]
+        same = (signs == self.signs).flatten(1).all(1)
+        held = torch.where(same, self.num_steps_held, 0) + 1
+        self.num_steps_held, self.signs = torch.where(far.flatten(1).all(1), held, 0), signs
+        settled = self.num_steps_held >= self.config.early_exit_steps
+        done = settled.nonzero()[:, 0]
+        if not len(done):
+            return
+        running.state = torch.where(settled[:, None, None], clean, running.state)
+        bits, places = running.held(0.0)[done], done if running.places is None else running.places[done]
+        self.bits[places] = bits
+        for place in places.tolist():
+            self.num_evaluations[place] = num_evaluations
+        left = (~settled).nonzero()[:, 0]
+        self.num_steps_held, self.signs = self.num_steps_held[left], self.signs[left]
+        running.keep(left)
+
+    def with_running(self, running: _Running, time: float) -> Tensor:
+        """States [N, M, K] of all blocks at `time`, those that have ended and those that run."""
+        if running.places is None:
+            return running.held(time)
+        whole = self.bits.clone()
+        whole[running.places] = running.held(time)
+        return whole
 
 
 def _stack(conditional: Tensor, null: Tensor) -> Tensor:
-    return torch.cat([conditional, null.expand_as(conditional)])
+    return torch.cat([conditional, null.expand_as(conditional)], dim=1)
 
 
 __all__ = [
     "BlockSampler",
     "KnownSlots",
+    "SampledBlocks",
     "SamplerConfig",
     "euler_step",
     "guide",

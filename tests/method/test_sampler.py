@@ -44,7 +44,7 @@ def run(config, head=None, num=NUM, profile=None):
     num_bits = head.toy.code.num_bits
     fresh = (lambda step: noise(num, 1000 + step, bits=num_bits)) if config.noise_raise else None
     sampler = BlockSampler(head, config, profile)
-    return sampler.sample(torch.zeros(num, 1, 1), noise(num, bits=num_bits), fresh_noise=fresh)
+    return sampler.sample(torch.zeros(num, 1, 1), noise(num, bits=num_bits), fresh_noise=fresh).bits
 
 
 def measured_profile(toy=TOY) -> TabulatedTime:
@@ -207,8 +207,10 @@ def test_stochastic_steps_in_bitdances_variables():
     """y = a_t / (1 - t), sigma = t / (1 - t): y + sqrt(s_hat^2 - sigma^2) n, then x + (s_next / s_hat)(y - x)."""
     config = SamplerConfig(num_steps=6, guidance=1.0, noise_raise=0.3, noise_gate="constant")
     fresh = [noise(50, 10 + k) for k in range(6)]
-    final = BlockSampler(ExactHead(TOY), config).sample(
-        torch.zeros(50, 1, 1), noise(50), fresh_noise=lambda k: fresh[k]
+    final = (
+        BlockSampler(ExactHead(TOY), config)
+        .sample(torch.zeros(50, 1, 1), noise(50), fresh_noise=lambda k: fresh[k])
+        .bits
     )
     times = np.linspace(1, 0, 7)
     state = noise(50).double()
@@ -268,7 +270,7 @@ def test_known_slots_are_held_at_every_step(noise_raise):
     arguments = {"fresh_noise": lambda k: noise(6, 50 + k, slots=4)} if noise_raise else {}
     sampler = BlockSampler(head, config)
     observe = lambda time, state: seen.append((time, state))  # noqa: E731
-    final = sampler.sample(condition, start, known=KnownSlots(codes, mask), observe=observe, **arguments)
+    final = sampler.sample(condition, start, known=KnownSlots(codes, mask), observe=observe, **arguments).bits
     assert [time for time, _ in seen] == time_grid("uniform", 5).tolist()
     for time, state in seen:
         assert torch.equal(state[mask], ((1 - time) * codes + time * start)[mask])
@@ -277,15 +279,17 @@ def test_known_slots_are_held_at_every_step(noise_raise):
     assert torch.equal(final[mask], codes[mask])
     assert torch.equal(final, seen[-1][1])
     # Rows without known slots are not touched, and open slots feel the known ones.
-    free = sampler.sample(condition, start, **arguments)
+    free = sampler.sample(condition, start, **arguments).bits
     torch.testing.assert_close(final[[0, 5]], free[[0, 5]])
     assert (final - free)[2:5][~mask[2:5]].abs().max() > 1e-3
 
 
 def test_observer_sees_noise_first_and_the_result_last():
     seen = []
-    final = BlockSampler(ExactHead(TOY), UNGUIDED).sample(
-        torch.zeros(4, 1, 1), noise(4), observe=lambda time, state: seen.append((time, state))
+    final = (
+        BlockSampler(ExactHead(TOY), UNGUIDED)
+        .sample(torch.zeros(4, 1, 1), noise(4), observe=lambda time, state: seen.append((time, state)))
+        .bits
     )
     assert [time for time, _ in seen] == time_grid("uniform", 15).tolist()
     assert torch.equal(seen[0][1], noise(4)) and torch.equal(seen[-1][1], final)
@@ -305,7 +309,7 @@ def test_a_real_head_gives_what_its_forward_pass_gives(parameterization):
         parameter.data.add_(0.2 * torch.randn(parameter.shape))
     condition, state = torch.randn(3, 2, 6), noise(3, slots=2, bits=5)
     config = SamplerConfig(num_steps=4, guidance=2.5, grid="logsnr")
-    final = BlockSampler(head, config).sample(condition, state)
+    final = BlockSampler(head, config).sample(condition, state).bits
     times = time_grid("logsnr", 4)
     dropped = torch.ones(3, dtype=torch.bool)
     for time, next_time in zip(times[:-1], times[1:], strict=True):
@@ -329,6 +333,9 @@ def test_a_real_head_gives_what_its_forward_pass_gives(parameterization):
         ({"noise_gate": "always"}, "noise_gate 'always'"),
         ({"noise_raise": -0.1}, "noise_raise .* -0.1"),
         ({"noise_raise": 0.5}, "noise_raise .* 0.5"),
+        ({"early_exit": 0.0}, "early_exit .* 0.0"),
+        ({"early_exit": math.nan}, "early_exit .* nan"),
+        ({"early_exit_steps": 0}, "early_exit_steps must be at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, words):

@@ -244,7 +244,7 @@ class BitLMForCausalLM(PreTrainedModel):
         key, number = (torch.tensor([value], device=self.device) for value in (seed, block))
         draws = normal(0, Stream.SAMPLER, key, number, (1 + steps) * shape[0] * shape[1]).unflatten(-1, (-1, *shape))
         fresh = (lambda step: draws[:, 1 + step]) if steps else None
-        return sampler.sample(condition, draws[:, 0], known=known, fresh_noise=fresh)
+        return sampler.sample(condition, draws[:, 0], known=known, fresh_noise=fresh).bits
 
 
 def _prompts(input_ids: Tensor | None, attention_mask: Tensor | None) -> list[list[int]]:
