@@ -160,8 +160,8 @@ Observer = Callable[[float, Tensor], None]
 
 @dataclass
 class SampledBlocks:
-    """bits: final analog bits a_0 [N, M, K] (float32), their signs are the blocks (eq. 24); num_evaluations: of the head,
-    for each block (a guided one, with and without the condition, counts once)."""
+    """bits: final analog bits a_0 [N, M, K] (float32), whose signs are the blocks (eq. 24); num_evaluations: of the
+    head, for each block (a guided one, with and without the condition, counts once)."""
 
     bits: Tensor
     num_evaluations: list[int]
@@ -306,8 +306,8 @@ class _Ended:
     """Early exit: which blocks have settled, and their bits.
 
     Nothing can be proven: the block is the sign of the head's last estimate, and the head may answer anything to its
-    last input. Even the sign of that input, a_{t_1}, is safe only where |a_t| > (t / t_1 - 1) B, B the largest estimate:
-    outside the cube until the last step but one of a uniform grid. So settled is what the estimates say.
+    last input. Even the sign of that input, a_{t_1}, is safe only where |a_t| > (t / t_1 - 1) B, B the largest
+    estimate: outside the cube until the last step but one of a uniform grid. So settled is what the estimates say.
     """
 
     def __init__(self, config: SamplerConfig, like: Tensor) -> None:
