@@ -18,6 +18,7 @@ import yaml
 from megatron_bitlm.cli import main
 from megatron_bitlm.data.card import load_code
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.model.checkpoint import VERSION
 from tests.training_runs import corpus, make_dataset, run_settings, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,7 +250,7 @@ class TestCheckpoints:
     def test_of_another_release(self, place, command):
         meta = next(place.folder.glob("run/checkpoints/step_*/meta.json"))
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"version": 7}))
-        self.refuses(place, command, r"meta\.json is not a bitlm-checkpoint of version 1")
+        self.refuses(place, command, rf"meta\.json is not a bitlm-checkpoint of version {VERSION}")
 
     def test_with_a_code_map_of_another(self, place, command):
         np.save(next(place.folder.glob("run/checkpoints/step_*")) / "code_map.npy", np.arange(258)[::-1])
