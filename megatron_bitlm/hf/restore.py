@@ -41,9 +41,9 @@ from megatron_bitlm.model.checkpoint import TOKENIZER_FOLDER, load_code, step_fo
 from megatron_bitlm.model.initialization import initialize_module
 from megatron_bitlm.parallel.checkpoint_tensors import CheckpointTensorsWriter
 from megatron_bitlm.training.checkpoint import seal_checkpoint
+from megatron_bitlm.training.checks import data_identity
 from megatron_bitlm.training.config import RunConfig, flat_settings
 from megatron_bitlm.training.session import read_data_facts
-from megatron_bitlm.training.trainer import data_identity
 
 
 class TensorFolder:

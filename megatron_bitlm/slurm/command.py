@@ -27,8 +27,8 @@ def submit_pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
         BitLMError: Settings, data or a layout that would end the job at once, or no Slurm.
     """
     from megatron_bitlm.config import load_run
+    from megatron_bitlm.training.checks import check_run
     from megatron_bitlm.training.run_folder import RunFolder, dump_config
-    from megatron_bitlm.training.trainer import check_run
 
     job = _job_options(options)
     config = load_run(options.config, overrides)

@@ -10,10 +10,11 @@ import torch
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.parallel.state import initialize_parallel, shutdown_parallel
 from megatron_bitlm.training.checkpoint import CheckpointManager
+from megatron_bitlm.training.checks import check_run
 from megatron_bitlm.training.config import RunConfig
 from megatron_bitlm.training.run_folder import RunFolder
 from megatron_bitlm.training.session import Session
-from megatron_bitlm.training.trainer import check_run, pretrain
+from megatron_bitlm.training.trainer import pretrain
 from tests.distributed_harness import free_port, run_ranks
 from tests.training_runs import checkpoint_tensors, corpus, make_dataset, read_metrics, run_config, train
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from megatron_bitlm.parallel.state import initialize_parallel, shutdown_parallel
+from megatron_bitlm.training.checks import check_run
 from megatron_bitlm.training.config import RunConfig
 from megatron_bitlm.training.optimizer import gradient_norms_by_part
 from megatron_bitlm.training.run_folder import RunFolder
 from megatron_bitlm.training.session import Session
-from megatron_bitlm.training.trainer import check_run
 
 NUM_STEPS = 2
 

@@ -13,8 +13,8 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.evaluation.likelihood import checkpoint_likelihood
 from megatron_bitlm.inference.load import loaded_model
 from megatron_bitlm.model.softmax import SoftmaxLM
+from megatron_bitlm.training.checks import check_run
 from megatron_bitlm.training.run_folder import RunFolder
-from megatron_bitlm.training.trainer import check_run
 from tests.training_runs import checkpoint_tensors, read_metrics, run_config, train
 
 SOFTMAX = {"model__output": "softmax"}
