@@ -24,6 +24,7 @@ _BENCHMARKS = {
     ),
     "head": ("head", "HeadBenchmark", "bench_head", "the diffusion head against the softmax it replaces"),
     "step": ("step", "StepBenchmark", "bench_step", "whole training steps of BitLM against the softmax baseline"),
+    "decode": ("decode", "DecodeBenchmark", "bench_decode", "decoding with BitLM against the softmax baseline"),
     "checkpoint": (
         "checkpoint",
         "CheckpointBenchmark",
