@@ -311,7 +311,8 @@ class _Ended:
     """
 
     def __init__(self, config: SamplerConfig, like: Tensor) -> None:
-        self.config, self.is_possible = config, config.early_exit is not None
+        self.is_possible, self.num_steps_to_hold = config.early_exit is not None, config.early_exit_steps
+        self.threshold = math.inf if config.early_exit is None else config.early_exit
         self.num_evaluations, self.bits = [config.num_steps] * len(like), like
         if self.is_possible:
             self.bits = torch.zeros_like(like)
@@ -320,13 +321,13 @@ class _Ended:
 
     def take_settled(self, running: _Running, clean: Tensor, num_evaluations: int) -> None:
         """Move the running blocks whose estimate `clean` [n, M, K] has settled here."""
-        far, signs = clean.abs() >= self.config.early_exit, clean >= 0
+        far, signs = clean.abs() >= self.threshold, clean >= 0
         if running.known is not None:
             far |= running.known.mask[..., None]
         same = (signs == self.signs).flatten(1).all(1)
         held = torch.where(same, self.num_steps_held, 0) + 1
         self.num_steps_held, self.signs = torch.where(far.flatten(1).all(1), held, 0), signs
-        settled = self.num_steps_held >= self.config.early_exit_steps
+        settled = self.num_steps_held >= self.num_steps_to_hold
         done = settled.nonzero()[:, 0]
         if not len(done):
             return
