@@ -109,6 +109,12 @@ def _evaluate(arguments: list[str]) -> None:
     run_evaluate(arguments)
 
 
+def _calibrate(arguments: list[str]) -> None:
+    from megatron_bitlm.evaluation.calibrate import run_calibrate
+
+    run_calibrate(arguments)
+
+
 def _checkpoint(arguments: list[str]) -> None:
     from megatron_bitlm.training.checkpoint_command import run_checkpoint
 
@@ -166,6 +172,7 @@ _COMMANDS: dict[str, tuple[str, Handler]] = {
     "pretrain": ("train a model, or resume a run", _pretrain),
     "generate": ("continue prompts with a checkpoint", _generate),
     "evaluate": ("likelihood bound of a checkpoint on a dataset", _evaluate),
+    "calibrate": ("measure the entropy rate that a checkpoint's denoising steps follow", _calibrate),
     "checkpoint": ("list, verify or show the checkpoints of a run", _checkpoint),
     "export": ("write a checkpoint as a Hugging Face folder", _export),
     "import": ("make a checkpoint of a Hugging Face folder", _import),

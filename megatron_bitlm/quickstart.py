@@ -244,7 +244,14 @@ def _draw_denoising(loaded: LoadedModel, sampler: SamplerConfig, path: Path) -> 
         if block == 1:
             frames.append((moment, state[0].cpu()))
 
-    generator = Generator(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler)
+    generator = Generator(
+        loaded.model,
+        loaded.code,
+        bos_id=loaded.bos_id,
+        eos_id=loaded.eos_id,
+        sampler=sampler,
+        profile=loaded.profile,
+    )
     prompt = loaded.tokenizer.encode(PROMPTS[0])
     generator.generate([prompt], max_new_tokens=2 * loaded.config.block_size, observe=film)
     if not frames:

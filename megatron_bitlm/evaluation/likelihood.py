@@ -62,7 +62,7 @@ def checkpoint_likelihood(
     )
     if valid is None or len(valid) == 0:
         raise BitLMError(f"data.split {data.split!r} leaves no validation samples")
-    micro_batch_size = min(micro_batch_size, len(valid))
+    micro_batch_size = min(micro_batch_size, num_samples or len(valid), len(valid))
     count = min(num_samples or len(valid), len(valid)) // micro_batch_size * micro_batch_size
     device = loaded.state.device
     batches = fixed_batches(valid, count, micro_batch_size=micro_batch_size)

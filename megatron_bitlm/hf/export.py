@@ -21,6 +21,7 @@ from megatron_bitlm.hf.names import Part, backbone_parts, module_parts
 from megatron_bitlm.hf.safetensors_stream import TensorPlan, plan_shards, write_shards
 from megatron_bitlm.hf.tokenizer import write_hf_tokenizer
 from megatron_bitlm.inference.load import CheckpointFacts, read_checkpoint
+from megatron_bitlm.inference.profile import bin_masses, read_record
 from megatron_bitlm.method.head import DiffusionHead
 from megatron_bitlm.method.objective import ObjectiveConfig
 from megatron_bitlm.method.sampler import SamplerConfig
@@ -140,7 +141,15 @@ class _BitLM:
             "objective": _section(settings, "objective", ObjectiveConfig),
             "seed": settings["run.seed"],
             "sampler": asdict(SamplerConfig()),
+            "entropy_profile": self._profile(),
         }
+
+    def _profile(self) -> dict[str, list[float]] | None:
+        """The measured entropy rate as the arguments of its table, unchanged, so that times are the same; or None."""
+        record = read_record(self.facts.path)
+        if record is None:
+            return None
+        return {"edges": record["edges"], "weights": bin_masses(record["edges"], record["rates"]).tolist()}
 
     def further_files(self) -> dict[str, str]:
         """The code that transformers runs: its two files, and those of the method as they are."""

@@ -72,7 +72,14 @@ def continue_texts(
     if isinstance(sampler, TokenSamplerConfig):
         generator: Generator | TokenGenerator = TokenGenerator(loaded.model, sampler=sampler)
     else:
-        generator = Generator(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, sampler=sampler)
+        generator = Generator(
+            loaded.model,
+            loaded.code,
+            bos_id=loaded.bos_id,
+            eos_id=loaded.eos_id,
+            sampler=sampler,
+            profile=loaded.profile,
+        )
     return generator.generate(
         [loaded.tokenizer.encode(prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,

@@ -11,7 +11,9 @@ from typing import Any
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.errors import BitLMError
+from megatron_bitlm.inference.profile import read_profile
 from megatron_bitlm.method.codes import BinaryCode
+from megatron_bitlm.method.path import TabulatedTime
 from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.build import ModelConfig, build_chunks, model_config, unwrap
 from megatron_bitlm.model.checkpoint import (
@@ -29,7 +31,10 @@ from megatron_bitlm.parallel.state import ParallelConfig, ParallelState, initial
 
 @dataclass
 class LoadedModel:
-    """A model ready to generate or to be scored, with what its checkpoint says of it."""
+    """A model ready to generate or to be scored, with what its checkpoint says of it.
+
+    profile: the entropy rate measured by `bitlm calibrate`, or None.
+    """
 
     model: BitLM | SoftmaxLM
     config: ModelConfig
@@ -40,6 +45,7 @@ class LoadedModel:
     step: int
     settings: dict[str, Any]
     state: ParallelState
+    profile: TabulatedTime | None
 
 
 @dataclass
@@ -109,6 +115,7 @@ def loaded_model(checkpoint: str | Path, *, precision: str | None = None) -> Ite
             meta["step"],
             settings,
             state,
+            read_profile(path),
         )
     finally:
         shutdown_parallel()

@@ -41,8 +41,9 @@ class SamplerConfig:
         grid: Times of the steps: `uniform` (the paper), `logsnr`, or `entropy` (equal quantiles of the entropy rate).
         noise_raise: Strength eta of the stochastic sampler; 0 is the deterministic Euler solver.
         noise_gate: `entropy` scales eta by the entropy rate at each step, `constant` does not.
-        early_exit: End a block once every open bit's guided clean estimate is at least this far from zero; the estimate
-            is then the block. Null makes all steps. A guess, not a proof: the head may still change its mind.
+        early_exit: End a block once the clean estimates of every open bit, guided and conditional, are at least this
+            far from zero on the same side; they are then the block. Null makes all steps. A guess, not a proof: the
+            head might still change its mind.
         early_exit_steps: Successive steps for which that must hold, with the same signs.
     """
 
@@ -222,9 +223,9 @@ class BlockSampler:
         running = _Running(initial_noise, initial_noise, known, self._modulation(condition))
         ended = _Ended(self.config, initial_noise)
         for step, next_time in enumerate(self.times[1:]):
-            clean = self._step(running, step, fresh_noise, observe if step == 0 else None)
+            estimates = self._step(running, step, fresh_noise, observe if step == 0 else None)
             if ended.is_possible and step + 1 < self.config.num_steps:
-                ended.take_settled(running, clean, step + 1)
+                ended.take_settled(running, estimates, step + 1)
             if observe is not None:
                 observe(next_time, ended.with_running(running, next_time))
             if not len(running.state):
@@ -248,9 +249,9 @@ class BlockSampler:
             fresh = fresh if running.places is None else fresh[running.places]
             running.state, time = raise_noise(state, time, self.raises[step], fresh)
             state = running.held(time)
-        clean = self._estimate(state, step, running.modulation)
-        running.state = euler_step(state, clean, time, self.times[step + 1])
-        return clean
+        estimates = self._estimate(state, step, running.modulation)
+        running.state = euler_step(state, estimates.clean, time, self.times[step + 1])
+        return estimates
 
     def _modulation(self, condition: Tensor) -> Modulation:
         """Of all steps, in one matrix product: it does not depend on the state. [T, N, ...], guided [T, 2N, ...]."""
@@ -263,15 +264,31 @@ class BlockSampler:
             _stack(own.final, self.null.final),
         )
 
-    def _estimate(self, state: Tensor, step: int, modulation: Modulation) -> Tensor:
+    def _estimate(self, state: Tensor, step: int, modulation: Modulation) -> _Estimates:
         own = Modulation([group[step] for group in modulation.groups], modulation.final[step])
         if self.null is not None:
             state = torch.cat([state, state])
         logits = self.head.denoise(state, self.evaluation_times[step].expand(len(state)), own)
         if self.null is None:
-            return clean_estimate(logits)
+            return _Estimates(clean_estimate(logits), logits)
         conditional, unconditional = logits.chunk(2)
-        return guide(conditional, unconditional, self.config.guidance, self.config.guidance_mode)
+        return _Estimates(guide(conditional, unconditional, self.config.guidance, self.config.guidance_mode), logits)
+
+
+@dataclass
+class _Estimates:
+    """clean: the (guided) clean estimate [n, M, K]; logits: [n, M, K] that it is of, guided [2n, M, K]."""
+
+    clean: Tensor
+    logits: Tensor
+
+    def sureness(self) -> Tensor:
+        """[n, M, K]: how far the less sure of the guided and the conditional estimate stands on the side it is on.
+
+        Guidance moves an estimate far from zero where condition and null merely differ, so that alone says little.
+        """
+        sign = torch.where(self.clean >= 0, 1.0, -1.0)
+        return torch.minimum(clean_estimate(self.logits[: len(sign)]) * sign, self.clean.abs())
 
 
 @dataclass
@@ -319,9 +336,10 @@ class _Ended:
             self.signs = torch.zeros_like(like, dtype=torch.bool)
             self.num_steps_held = torch.zeros(len(like), dtype=torch.int64, device=like.device)
 
-    def take_settled(self, running: _Running, clean: Tensor, num_evaluations: int) -> None:
-        """Move the running blocks whose estimate `clean` [n, M, K] has settled here."""
-        far, signs = clean.abs() >= self.threshold, clean >= 0
+    def take_settled(self, running: _Running, estimates: _Estimates, num_evaluations: int) -> None:
+        """Move the running blocks whose estimates have settled here."""
+        clean = estimates.clean
+        far, signs = estimates.sureness() >= self.threshold, clean >= 0
         if running.known is not None:
             far |= running.known.mask[..., None]
         same = (signs == self.signs).flatten(1).all(1)

@@ -46,7 +46,7 @@ def fresh(step):
 
 
 def estimates(head, config, known):
-    """The clean estimate [N, M, K] of every step of every block, none of them ended: from the states observed."""
+    """What the head says of every step of every block, none of them ended."""
     seen = []
     sampler = BlockSampler(head, config)
     original = sampler._estimate
@@ -63,11 +63,12 @@ def expected(head, config, known):
         open_slots = torch.ones(SLOTS, dtype=torch.bool) if known is None else ~known.mask[block]
         held, before = 0, None
         for step, estimate in enumerate(every):
-            clean = estimate[block]
+            clean, conditional = estimate.clean[block], torch.tanh(estimate.logits[block] / 2)
             if before is None or not torch.equal(clean >= 0, before):
                 held = 0
             before = clean >= 0
-            held = held + 1 if bool((clean[open_slots].abs() >= config.early_exit).all()) else 0
+            sure = torch.minimum(clean.abs(), torch.where(clean >= 0, conditional, -conditional))
+            held = held + 1 if bool((sure[open_slots] >= config.early_exit).all()) else 0
             if held >= config.early_exit_steps or step == len(every) - 1:
                 break
         bits.append(clean if known is None else torch.where(open_slots[:, None], clean, known.codes[block]))

@@ -22,6 +22,8 @@ class BitLMConfig(PreTrainedConfig):
         objective: Settings of the training loss (`ObjectiveConfig`).
         seed: Keys the noise of the training loss.
         sampler: Defaults of `generate` (`SamplerConfig`).
+        entropy_profile: `edges` and `weights` of the measured entropy rate over log-SNR, for the entropy grid and the
+            noise gate; None is that of independent bits.
         kwargs: What transformers keeps, such as bos_token_id and eos_token_id, the ids that frame documents.
     """
 
@@ -48,6 +50,7 @@ class BitLMConfig(PreTrainedConfig):
         objective: dict[str, Any] | None = None,
         seed: int = 0,
         sampler: dict[str, Any] | None = None,
+        entropy_profile: dict[str, list[float]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.block_size, self.has_code_map = vocab_size, block_size, has_code_map
@@ -58,4 +61,5 @@ class BitLMConfig(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.input, self.input_hidden_size = input, input_hidden_size
         self.head, self.objective, self.seed, self.sampler = head or {}, objective or {}, seed, sampler or {}
+        self.entropy_profile = entropy_profile
         super().__init__(**{"tie_word_embeddings": False} | kwargs)

@@ -22,6 +22,7 @@ from .configuration_bitlm import BitLMConfig
 from .head import DiffusionHead, HeadConfig
 from .noise import Stream, normal
 from .objective import DenoisingObjective, ObjectiveConfig, flip_bits
+from .path import TabulatedTime
 from .sampler import BlockSampler, KnownSlots, SamplerConfig
 
 
@@ -194,7 +195,9 @@ class BitLMForCausalLM(PreTrainedModel):
                 f"prompt and {max_new_tokens} new tokens with their framing take {longest} positions of "
                 f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
             )
-        sampler = BlockSampler(self.head, SamplerConfig(**{**self.config.sampler, **settings}))
+        table = self.config.entropy_profile
+        profile = None if table is None else TabulatedTime(table["edges"], table["weights"])
+        sampler = BlockSampler(self.head, SamplerConfig(**{**self.config.sampler, **settings}), profile)
         rows = [self._continue(p, max_new_tokens, seed, sampler) for p, seed in zip(prompts, seeds, strict=True)]
         longest = max(len(row) for row in rows)
         new = torch.tensor(
