@@ -46,7 +46,7 @@ def load_and_save(source: Path, config: RunConfig) -> int:
     """Load the newest checkpoint of `source` and write it again as the run of `config` would."""
     folder = RunFolder(config.run.directory)
     facts = check_run(config, folder)
-    state = initialize_parallel(config.parallel, seed=config.run.seed, timeout_minutes=2)
+    state = initialize_parallel(config.parallel, seed=config.run.seed)
     try:
         session = Session(config, facts, state, folder.checkpoints)
         ours = session.checkpoints

@@ -126,7 +126,10 @@ def test_numbers_never_change():
 
 
 def test_stream_values_are_fixed():
-    assert [stream.value for stream in Stream] == list(range(7))
+    names = ("TIME", "GAUSSIAN", "CONDITION_DROP", "BIT_FLIP", "SAMPLER", "LIKELIHOOD_TIME", "LIKELIHOOD_NOISE")
+    assert {stream.name: stream.value for stream in Stream} == {
+        name: value for value, name in enumerate((*names, "TOKEN_SAMPLER"))
+    }
 
 
 def test_distribution():
