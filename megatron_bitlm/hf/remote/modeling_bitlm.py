@@ -46,6 +46,18 @@ class CodeMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(codes.to(self.fc1.weight.dtype)), approximate="tanh"))
 
 
+class CodeEmbedding(nn.Module):
+    """A table by id, in place of the code MLP."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., D]."""
+        return self.table(ids)
+
+
 class BitLMForCausalLM(PreTrainedModel):
     """Loss of training and generation by blocks; made for `AutoModelForCausalLM` with `trust_remote_code=True`."""
 
@@ -62,7 +74,7 @@ class BitLMForCausalLM(PreTrainedModel):
         if config.input == "mlp":
             self.input_module = CodeMLP(num_bits, config.input_hidden_size, config.hidden_size)
         else:
-            self.input_module = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.input_module = CodeEmbedding(config.vocab_size, config.hidden_size)
         self.head = DiffusionHead(
             HeadConfig(**config.head),
             num_bits=num_bits,
