@@ -133,6 +133,12 @@ def _import(arguments: list[str]) -> None:
     run_import(arguments)
 
 
+def _serve(arguments: list[str]) -> None:
+    from megatron_bitlm.serving.command import run_serve
+
+    run_serve(arguments)
+
+
 def _slurm(arguments: list[str]) -> None:
     from megatron_bitlm.slurm.command import run_slurm
 
@@ -176,6 +182,7 @@ _COMMANDS: dict[str, tuple[str, Handler]] = {
     "checkpoint": ("list, verify or show the checkpoints of a run", _checkpoint),
     "export": ("write a checkpoint as a Hugging Face folder", _export),
     "import": ("make a checkpoint of a Hugging Face folder", _import),
+    "serve": ("an OpenAI-compatible endpoint and a page, over a checkpoint", _serve),
     "slurm": ("submit pretraining, evaluation or preprocessing to a Slurm cluster", _slurm),
     "plan": ("memory, FLOPs and likely speed of a run on N GPUs, and layouts worth trying", _plan),
     "scaling": ("plan, train, gather and fit a scaling study", _scaling),
