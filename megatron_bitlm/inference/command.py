@@ -14,6 +14,7 @@ from megatron_bitlm.inference.load import LoadedModel, loaded_model
 from megatron_bitlm.inference.prompts import Generation
 from megatron_bitlm.method.sampler import SamplerConfig
 from megatron_bitlm.method.token_sampling import TokenSamplerConfig
+from megatron_bitlm.parallel.state import launched_world_size
 
 # Option of the command: setting of the sampler.
 _DIFFUSION_OPTIONS = {
@@ -29,15 +30,16 @@ _SOFTMAX_OPTIONS = {"temperature": "temperature", "top_k": "top_k", "top_p": "to
 
 
 def run_generate(arguments: list[str]) -> None:
-    """Parse arguments, load the checkpoint, print continuations."""
+    """Parse arguments, load the checkpoint, print continuations; processes that torchrun starts share the model."""
     options = _parser().parse_args(arguments)
-    prompts = _prompts(options)
-    with loaded_model(options.checkpoint) as loaded:
+    num_processes = launched_world_size()
+    prompts = _prompts(options, num_processes)
+    with loaded_model(options.checkpoint, tensor_parallel_size=num_processes) as loaded:
         sampler = sampler_settings(options, loaded)
         results = continue_texts(
             loaded, prompts, sampler=sampler, max_new_tokens=options.max_new_tokens, seed=options.seed
         )
-        for prompt, result in zip(prompts, results, strict=True):
+        for prompt, result in zip(prompts, results, strict=True) if loaded.state.rank == 0 else ():
             _show(prompt, result, loaded, as_json=options.json)
 
 
@@ -120,7 +122,11 @@ def _add_softmax_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--top-p", type=float, help="only the likeliest tokens that reach p together (default 1)")
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
+def _prompts(options: argparse.Namespace, num_processes: int) -> list[str]:
+    if options.prompt_file == "-" and num_processes > 1:
+        raise BitLMError(
+            f"--prompt-file - reads standard input, which {num_processes} processes do not share; name a file"
+        )
     prompts = list(options.prompt)
     if options.prompt_file:
         try:

@@ -23,6 +23,7 @@ from megatron_bitlm.method.token_sampling import TokenSamplerConfig, choose_toke
 from megatron_bitlm.model.bitlm import BitLM
 from megatron_bitlm.model.layout import SequenceLayout
 from megatron_bitlm.model.softmax import SoftmaxLM
+from megatron_bitlm.parallel.agreement import agreed
 
 # Samplers kept ready: each holds the modulations of its steps, and requests may name any settings.
 _MAX_NUM_SAMPLERS = 32
@@ -102,7 +103,8 @@ class BlockDecoder:
             sampled = self._denoise(part, own, observe)
             num_invalid = (~self.code.is_valid(sampled.bits)).sum(-1, keepdim=True)
             # One wait for the device, not two.
-            decoded = torch.cat([self.code.decode(sampled.bits), num_invalid], dim=1).tolist()
+            decoded = torch.cat([self.code.decode(sampled.bits), num_invalid], dim=1)
+            decoded = agreed(decoded, self.model.pg_collection.tp).tolist()
             for row, index, values, num_evaluations in zip(own, members, decoded, sampled.num_evaluations, strict=True):
                 *blocks[index], num_wrong = values
                 row.result.num_blocks += 1
@@ -184,10 +186,11 @@ class TokenDecoder:
         groups: dict[tuple, list[int]] = {}
         for index, row in enumerate(rows):
             groups.setdefault(astuple(row.request.sampler or TokenSamplerConfig()), []).append(index)
-        blocks: list[list[int]] = [[] for _ in rows]
-        for key_, members in groups.items():
-            part = torch.tensor(members, device=self.device)
-            chosen = choose_tokens(logits[part], draws[part], TokenSamplerConfig(*key_))
-            for index, token in zip(members, chosen.tolist(), strict=True):
-                blocks[index] = [token]
-        return blocks
+        if len(groups) == 1:
+            chosen = choose_tokens(logits, draws, TokenSamplerConfig(*next(iter(groups))))
+        else:
+            chosen = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+            for settings, members in groups.items():
+                part = torch.tensor(members, device=self.device)
+                chosen[part] = choose_tokens(logits[part], draws[part], TokenSamplerConfig(*settings))
+        return [[token] for token in agreed(chosen, self.model.pg_collection.tp).tolist()]

@@ -78,20 +78,25 @@ def read_checkpoint(checkpoint: str | Path) -> CheckpointFacts:
 
 
 @contextmanager
-def loaded_model(checkpoint: str | Path, *, precision: str | None = None) -> Iterator[LoadedModel]:
-    """The model of a run folder or step folder, in eval mode, in one process; process groups end with the context.
+def loaded_model(
+    checkpoint: str | Path, *, precision: str | None = None, tensor_parallel_size: int = 1
+) -> Iterator[LoadedModel]:
+    """The model of a run folder or step folder, in eval mode; process groups end with the context.
 
     Args:
         checkpoint: A run folder, its checkpoints folder or a step folder.
         precision: fp32 or bf16; null takes the one it was trained in.
+        tensor_parallel_size: Processes that share the model, which torchrun started; whatever layout trained it.
 
     Raises:
-        BitLMError: No complete checkpoint, a damaged one, or one whose code or tokenizer does not match.
+        BitLMError: No complete checkpoint, a damaged one, sizes that do not divide, or a checkpoint whose code or
+            tokenizer does not match.
     """
     facts = read_checkpoint(checkpoint)
     path, meta, config, code, tokenizer = facts.path, facts.meta, facts.config, facts.code, facts.tokenizer
     settings = meta["settings"]
-    state = initialize_parallel(ParallelConfig(), seed=0, model=config.resolve_backbone())
+    layout = ParallelConfig(tensor_model_parallel_size=tensor_parallel_size)
+    state = initialize_parallel(layout, seed=0, model=config.resolve_backbone())
     try:
         chunks = build_chunks(
             config,

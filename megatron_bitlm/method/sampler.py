@@ -236,8 +236,10 @@ class BlockSampler:
                 break
         return SampledBlocks(ended.with_running(running, 0.0), ended.num_evaluations)
 
-    def _step(self, running: _Running, step: int, fresh_noise: FreshNoise | None, observe: Observer | None) -> Tensor:
-        """Move the running blocks to the next time; returns their clean estimate [n, M, K]."""
+    def _step(
+        self, running: _Running, step: int, fresh_noise: FreshNoise | None, observe: Observer | None
+    ) -> _Estimates:
+        """Move the running blocks to the next time; returns what the head said of them."""
         time = self.times[step]
         state = running.held(time)
         if observe is not None:
