@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 FAST = {"num_steps": 2, "guidance": 1.0}
 
 
@@ -130,3 +132,12 @@ def test_the_command_serves_and_ends_on_sigterm(bitlm_run, tmp_path, grace_secon
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_load_script_loses_nothing(server):
+    script = [sys.executable, str(ROOT / "tools/load_test.py"), server.url, "--clients", "4", "--seconds", "1.5"]
+    done = subprocess.run([*script, "--max-tokens", "8", "--pause", "0.1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["lost"] == 0 and figures["completions"] >= 4 and figures["malformed_refused"] >= 4
+    assert 0 < figures["first_block_s"]["p50"] <= figures["whole_s"]["p50"] <= figures["whole_s"]["max"]
