@@ -2,6 +2,7 @@
 
 A turn decodes the same number of new tokens in every row, behind prompts that were read before the first turn; rows
 grow from turn to turn, in every variant alike. Weights are random, as time does not depend on them, and no row ends.
+The softmax is greedy, its fastest way.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def build_variants(settings: DecodeBenchmark, state: ParallelState) -> dict[str,
         return unwrap(build_chunks(config, state, code=code, **ids, precision=precision, seed=0)[0]).eval()
 
     baseline: SoftmaxLM = build(settings.model_config("softmax"))
-    variants = {_SOFTMAX: Variant(TokenDecoder(baseline), TokenSamplerConfig(), settings)}
+    variants = {_SOFTMAX: Variant(TokenDecoder(baseline), TokenSamplerConfig(temperature=0.0), settings)}
     for divisor in settings.width_divisors:
         width = backbone_preset(settings.preset).hidden_size // divisor
         model: BitLM = build(settings.model_config("diffusion", width))

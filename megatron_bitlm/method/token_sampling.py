@@ -49,15 +49,21 @@ def choose_tokens(logits: Tensor, draws: Tensor, config: TokenSamplerConfig) -> 
     """
     if config.temperature == 0:
         return logits.argmax(-1)
+    if not config.top_k and config.top_p == 1:
+        return _draw((logits.double() / config.temperature).softmax(-1), draws)
     ordered, ids = (logits.double() / config.temperature).sort(dim=-1, descending=True, stable=True)
     if config.top_k:
         ordered = ordered[:, : config.top_k]
     probability = ordered.softmax(-1)
     before = probability.cumsum(-1) - probability
     # A token stays while those before it fall short of p; the first one always does.
-    probability = probability * (before < config.top_p)
+    return ids.gather(1, _draw(probability * (before < config.top_p), draws)[:, None])[:, 0]
+
+
+def _draw(probability: Tensor, draws: Tensor) -> Tensor:
+    """Places [B] in `probability` [B, V], which need not add up to 1, that the uniform `draws` [B] fall on."""
     cumulative = probability.cumsum(-1)
     place = (cumulative <= draws.double()[:, None] * cumulative[:, -1:]).sum(-1)
     # Rounding must not step onto a token without probability.
-    last = (probability > 0).sum(-1) - 1
-    return ids.gather(1, torch.minimum(place, last)[:, None])[:, 0]
+    last = probability.shape[-1] - 1 - (probability > 0).flip(-1).byte().argmax(-1)
+    return torch.minimum(place, last)

@@ -26,7 +26,9 @@ def make_service(loaded: LoadedModel, options: argparse.Namespace, api_key: str 
     if is_softmax:
         decoder = TokenDecoder(loaded.model)
     else:
-        decoder = BlockDecoder(loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id)
+        decoder = BlockDecoder(
+            loaded.model, loaded.code, bos_id=loaded.bos_id, eos_id=loaded.eos_id, profile=loaded.profile
+        )
     framing = len(decoder.frame([]))
     max_context = options.max_context or int(loaded.settings["data.sequence_length"])
     size = decoder.block_size
