@@ -12,7 +12,15 @@ from megatron_bitlm.method.sampler import SamplerConfig
 from megatron_bitlm.method.token_sampling import TokenSamplerConfig
 from megatron_bitlm.serving.errors import ApiError
 
-BITLM_FIELDS = {"num_steps": int, "guidance": float, "guidance_mode": str, "grid": str, "noise_raise": float}
+BITLM_FIELDS = {
+    "num_steps": int,
+    "guidance": float,
+    "guidance_mode": str,
+    "grid": str,
+    "noise_raise": float,
+    "early_exit": float,
+    "early_exit_steps": int,
+}
 SOFTMAX_FIELDS = {"temperature": float, "top_p": float, "top_k": int}
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
 _MAX_SEED = 2**63

@@ -77,6 +77,8 @@ def test_sampler_fields_reach_the_sampler(server):
     answer = server.complete(seed=1, temperature=1, top_p=1, **settings)
     assert answer.choices[0].text == generated(server, "abc def", 1, **settings)[0]
     assert answer.choices[0].text != server.complete(seed=1, **FAST).choices[0].text
+    early = server.complete(seed=1, early_exit=0.5, early_exit_steps=2, **FAST).choices[0]
+    assert early.text == generated(server, "abc def", 1, early_exit=0.5, early_exit_steps=2, **FAST)[0]
 
 
 def test_stop_strings_and_echo(server):

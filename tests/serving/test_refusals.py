@@ -52,6 +52,7 @@ BAD_FIELDS = [
     ({"prompt": "a", "num_steps": 257}, "num_steps", r"num_steps must lie in \[1, 256\]"),
     ({"prompt": "a", "grid": "chess"}, "grid", "unknown grid 'chess'"),
     ({"prompt": "a", "noise_raise": 2}, "noise_raise", "noise_raise must lie in"),
+    ({"prompt": "a", "early_exit": 0}, "early_exit", "early_exit must be a number > 0"),
     ({"prompt": "a", "temperature": 0.7}, "temperature", "shape its sampling with num_steps, guidance"),
     ({"prompt": "a", "top_p": 0.5}, "top_p", "does not apply"),
     ({"prompt": "a", "stop": ["x", 3]}, "stop", "stop must be"),
