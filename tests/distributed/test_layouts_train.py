@@ -31,13 +31,11 @@ COMMON = {
     "validation__num_repeats": 2,
 }
 TENSOR, PIPELINE = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+# test_layout_matrix.py has them all; these also write checkpoints and validate in between.
 TWO_RANKS = {
-    "TP2": {TENSOR: 2},
     "TP2 SP": {TENSOR: 2, "parallel__sequence_parallel": True},
     "PP2": {PIPELINE: 2},
-    "DP2": {},
     "DP2 overlapped": {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True},
-    "DP2 undistributed": {"parallel__use_distributed_optimizer": False},
 }
 FOUR_RANKS = {"TP2 PP2 SP": {TENSOR: 2, PIPELINE: 2, "parallel__sequence_parallel": True}}
 

@@ -34,7 +34,6 @@ TWO_RANKS = {
     "PP2 VPP2": {PIPELINE: 2, VIRTUAL: 2, "parallel__pipeline_model_parallel_layout": "E|t|t|L"},
     "CP2": {"parallel__context_parallel_size": 2},
     "DP2": {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True},
-    "PP2 tied": {PIPELINE: 2, **TIED},
     "TP2 SP tied": {TENSOR: 2, "parallel__sequence_parallel": True, **TIED},
 }
 FOUR_RANKS = {"PP2 DP2 tied": {PIPELINE: 2, **TIED}}

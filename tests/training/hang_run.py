@@ -1,4 +1,4 @@
-"""`bitlm pretrain` with ranks that die, hang or diverge: python -m tests.training.hang_run WHAT CONFIG.yaml."""
+"""`bitlm pretrain` with ranks that die or hang: python -m tests.training.hang_run WHAT CONFIG.yaml."""
 
 import ctypes
 import os
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron_bitlm.cli import main
-from megatron_bitlm.errors import DivergedError
 from megatron_bitlm.training.step import TrainingStep
 
 STEP = 3
@@ -36,14 +35,9 @@ def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def diverge() -> None:
-    """End for good."""
-    raise DivergedError("the loss is a number that nobody likes")
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fault = {"hang": sleep_for_ever, "lock": sleep_with_the_lock, "die": die, "diverge": diverge}[sys.argv[1]]
+    fault = {"hang": sleep_for_ever, "lock": sleep_with_the_lock, "die": die}[sys.argv[1]]
     step = TrainingStep.__call__
 
     def faulty_step(self: TrainingStep, number: int, inputs: list) -> Any:
