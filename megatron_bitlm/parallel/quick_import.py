@@ -1,9 +1,9 @@
 """Imports megatron-core without loading torch's compiler, where that has nothing to compile.
 
-megatron-core hands a few fused functions to torch.compile as it is imported, and each call loads the compiler: 40% of the
-time it takes to start a process, for functions that only Transformer Engine's layers on a GPU use. A CPU build of torch
-gets them as they are written. Importing this module is enough; it has to come before anything imports megatron-core, and
-is without effect after.
+megatron-core hands a few fused functions to torch.compile as it is imported, and each call loads the compiler: 40% of
+the time it takes to start a process, for functions that only Transformer Engine's layers on a GPU use. A CPU build of
+torch gets them as they are written. Importing this module is enough; it has to come before anything imports
+megatron-core, and is without effect after.
 """
 
 from collections.abc import Callable
