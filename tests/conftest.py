@@ -16,7 +16,7 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("project")
 
-_NUM_QUIET_THREADS = 40  # torch and the tests themselves have fewer; one world of process groups has more
+_NUM_THREADS_OF_A_RUN = 50  # of its process groups, in a world of one
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,8 +36,13 @@ def no_left_over_process_groups() -> Iterator[None]:
     """Frees the process groups of a run that has ended: each gloo group polls a hundred times a second.
 
     They hang on models, whose modules refer to each other, until Python's collector happens to come by; after some
-    dozen runs in one process their threads would take more time than the tests.
+    dozen runs in one process their threads would take more time than the tests. Fixtures may keep theirs.
     """
+    before = _num_threads()
     yield
-    if len(os.listdir("/proc/self/task")) > _NUM_QUIET_THREADS:
+    if _num_threads() > before + _NUM_THREADS_OF_A_RUN // 2:
         gc.collect()
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
