@@ -29,9 +29,7 @@ def test_report(tmp_path, batch_size):
     assert report["baseline"] == "softmax" and list(report["variants"]) == NAMES
     for name in NAMES:
         found, shares = report["variants"][name], report["facts"][name]
-        assert found["tokens_per_second"]["median"] == pytest.approx(
-            batch_size * 8 / found["seconds"]["median"], rel=0.5
-        )
+        assert found["tokens_per_second"]["max"] == pytest.approx(batch_size * 8 / found["seconds"]["min"])
         assert 0 < shares["backbone"] < 1 and 0 < shares["output"] < 1 and sum(shares.values()) < 1
 
 
