@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _HASH_CHUNK_NUM_BYTES = 1 << 22
@@ -17,6 +20,19 @@ def write_atomic(path: Path, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(aside, path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill beside ``path``, which gets that name at the end of the context, or is removed on an error."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def sha256_file(path: Path) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bitlm.data.files import whole_folder
 from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.hf.card import write_model_card
 from megatron_bitlm.hf.names import Part, backbone_parts, module_parts
@@ -63,14 +64,8 @@ def export(
     chosen = DTYPES[dtype] if dtype else tensors.dtype("decoder.final_layernorm.weight")
     parts = [*backbone_parts(facts.config.resolve_backbone()), *kind.other_parts()]
     plans = [TensorPlan(name, _shape(tensors, part), chosen) for name, part in parts]
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
-    try:
+    with whole_folder(output) as aside:
         _write(aside, facts, kind, plans, _read(tensors, parts, chosen), max_shard_bytes)
-        os.replace(aside, output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return output
 
 
@@ -84,7 +79,7 @@ def _write(
 ) -> None:
     map_plans, maps = kind.code_map()
     shards = plan_shards([*plans, *map_plans], max_shard_bytes)
-    write_shards(folder, shards, _chain(tensors, maps))
+    write_shards(folder, shards, chain(tensors, maps))
     dtype = plans[0].dtype
     _write_json(folder / "config.json", kind.config() | {"dtype": _TORCH_NAMES[dtype]})
     for name, content in kind.further_files().items():
@@ -252,11 +247,6 @@ def _read(tensors: CheckpointTensors, parts: list[tuple[str, Part]], dtype: torc
             whole, last = tensors.read(part.key, part.layer), (part.key, part.layer)
         rows = whole if part.rows is None else torch.cat([whole[start:stop] for start, stop in part.rows])
         yield rows.to(dtype)
-
-
-def _chain(tensors: Iterator[Tensor], more: list[Tensor]) -> Iterator[Tensor]:
-    yield from tensors
-    yield from more
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@ Weights are read one tensor at a time, and no code in the folder is run.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_bitlm import __version__
-from megatron_bitlm.data.files import write_atomic
+from megatron_bitlm.data.files import whole_folder, write_atomic
 from megatron_bitlm.data.tokenizer import Tokenizer
 from megatron_bitlm.data.tokenizer_loading import load_tokenizer
 from megatron_bitlm.errors import BitLMError
@@ -126,17 +124,12 @@ def import_folder(folder: str | Path, output: str | Path, config: RunConfig | No
             f"{folder} holds a {found.get('model_type', 'model of no known type')!r}; only folders of `bitlm export` "
             "and Qwen3 models can be imported"
         )
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    step = aside / step_folder(source.meta["step"])
-    step.mkdir(parents=True)
-    try:
-        _write(step, source)
-        write_atomic(aside / "latest", f"{step.name}\n".encode())
-        os.replace(aside, output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return output / step.name
+    name = step_folder(source.meta["step"])
+    with whole_folder(output) as aside:
+        (aside / name).mkdir()
+        _write(aside / name, source)
+        write_atomic(aside / "latest", f"{name}\n".encode())
+    return output / name
 
 
 def _write(step: Path, source: _Source) -> None:

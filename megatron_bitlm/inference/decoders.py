@@ -93,9 +93,7 @@ class BlockDecoder:
 
     def realise(self, condition: Tensor, rows: list[Row], observe: Observer | None) -> list[list[int]]:
         """The next block of every row; rows of equal sampler settings are denoised together."""
-        groups: dict[tuple, list[int]] = {}
-        for index, row in enumerate(rows):
-            groups.setdefault(astuple(row.request.sampler or SamplerConfig()), []).append(index)
+        groups = _by_sampler(rows, SamplerConfig())
         blocks: list[list[int]] = [[] for _ in rows]
         for members in groups.values():
             own = [rows[index] for index in members]
@@ -183,9 +181,7 @@ class TokenDecoder:
         place = torch.tensor([len(row.ids) for row in rows], device=self.device)
         high, low = uniform(0, Stream.TOKEN_SAMPLER, key, place, 2).double().unbind(-1)
         draws = high + low * 2.0**-24
-        groups: dict[tuple, list[int]] = {}
-        for index, row in enumerate(rows):
-            groups.setdefault(astuple(row.request.sampler or TokenSamplerConfig()), []).append(index)
+        groups = _by_sampler(rows, TokenSamplerConfig())
         if len(groups) == 1:
             chosen = choose_tokens(logits, draws, TokenSamplerConfig(*next(iter(groups))))
         else:
@@ -194,3 +190,11 @@ class TokenDecoder:
                 part = torch.tensor(members, device=self.device)
                 chosen[part] = choose_tokens(logits[part], draws[part], TokenSamplerConfig(*settings))
         return [[token] for token in agreed(chosen, self.model.pg_collection.tp).tolist()]
+
+
+def _by_sampler(rows: list[Row], default: SamplerConfig | TokenSamplerConfig) -> dict[tuple, list[int]]:
+    """Indices of the rows by the values of their sampler's settings."""
+    groups: dict[tuple, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(astuple(row.request.sampler or default), []).append(index)
+    return groups

@@ -267,7 +267,7 @@ class CheckpointManager:
                 shutil.rmtree(path)
         found = complete_checkpoints(self.folder)
         for _, path in reversed(found):
-            damage = _agreed_damage(path)
+            damage = agreed_damage(path)
             if damage is None:
                 return self._load(path)
             warn(f"{damage}: {path.name} is set aside, and the checkpoint before it is used")
@@ -367,7 +367,7 @@ def _content_metadata() -> dict[str, Any]:
     return {key: value for key, value in sharding_metadata().items() if key != "dp_cp_group"}
 
 
-def _agreed_damage(path: Path) -> str | None:
+def agreed_damage(path: Path) -> str | None:
     """`describe_damage`, the files shared among the ranks; the same answer on every rank. Collective."""
     own = describe_damage(path, share=dist.get_rank(), num_shares=dist.get_world_size())
     answers: list[str | None] = [None] * dist.get_world_size()

@@ -10,7 +10,7 @@ from megatron_bitlm.errors import BitLMError
 from megatron_bitlm.method.head import attention_head_dim, head_width
 from megatron_bitlm.model.build import ModelConfig, model_config
 from megatron_bitlm.model.checkpoint import find_checkpoint, load_model, read_meta
-from megatron_bitlm.training.checkpoint import describe_damage
+from megatron_bitlm.training.checkpoint import agreed_damage
 from megatron_bitlm.training.config import RunConfig
 
 _NOT_OF_THE_WEIGHTS = ("preset", "adaln_init_std", "activation_checkpointing")
@@ -50,7 +50,7 @@ def load_initial_weights(config: RunConfig, chunks: list, optimizer: Any) -> Pat
     if config.run.initial_checkpoint is None:
         return None
     path = _find(config.run.initial_checkpoint)
-    damage = describe_damage(path)
+    damage = agreed_damage(path)
     if damage is not None:
         raise BitLMError(f"run.initial_checkpoint: {damage}")
     load_model(path, chunks)
